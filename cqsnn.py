@@ -1,0 +1,1646 @@
+"""cqsnn: clamp-and-quantise training of CNNs and their exact transfer to spiking networks.
+
+A CNN whose activations are clamped to [0, 1] and quantised (CQ training) is turned into a
+network of integrate-and-fire (IF) neurons whose weights, thresholds and potentials are whole
+numbers. After Yan, Zhou and Wong, "Near Lossless Transfer Learning for Spiking Neural
+Networks", AAAI 2021 ("the paper"). No framework: every backward pass is written out here.
+
+Reading order
+    1 arrays       which library an array belongs to; running over the shards of a batch
+    2 layers       each f and, right under it, f_backward
+    3 networks     descriptions, the table of networks, init, forward, backward
+    4 training     optimisers, rate, augmentation, one epoch, accuracy
+    5 conversion   folding batch normalisation, integer weights, exactness bounds
+    6 simulation   encoder, IF neurons, integer CNN, schedules, synaptic operations
+    7 files        data sets, checkpoints, SNN files
+
+Axes
+    N images, H W rows and columns, C input channels, O output channels, K kernel size,
+    T time steps, L quantisation levels, t a time step counted from 1. Arrays are channels-last:
+    images (N, H, W, C), convolution weights (K, K, C, O), depthwise (K, K, C), dense (in, O)
+    with `in` flattened in H, W, C order, spikes over time (T, N, H, W, C).
+
+Numbers
+    Pixels are uint8, 0 to 255. Activations are dimensionless in [0, 1]; while quantised, layers
+    pass on the whole level k = L * activation instead, and the next weights take the 1/L.
+    `da` is the derivative of the loss by the *activation* a, with the shape of a.
+    A converted network is whole numbers only: counts 0 to T; potentials, weights, biases and
+    thresholds in units of 1/(S F) of the float threshold 1 (section 5). Floats carry them only
+    under a bound that `exact_dtype` has checked, so spikes are the same bits on every backend,
+    for every batch size, time chunk and number of threads.
+    A neuron fires at v >= theta and then loses theta (soft reset); at most one spike a step.
+
+Parameters, gradients and optimiser state are flat dicts, keys "i.name" for layer i.
+"""
+
+import functools
+import gzip
+import json
+import math
+import os
+import sys
+import tarfile
+import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import threadpoolctl
+
+__version__ = "0.1.0"
+
+# ------------------------------------------------------------------------------------------
+# 1  Arrays
+# ------------------------------------------------------------------------------------------
+
+SHARDS = 8  # parts of a batch: fixed, so that the number of threads changes no bit
+SMALLEST_SHARD = 8  # images; a small batch has fewer shards
+
+
+def array_module(x):
+    """Return numpy, or cupy when x is a CuPy array; nothing is imported here."""
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(x, cupy.ndarray) else np
+
+
+def to_host(x):
+    """Return x as a NumPy array."""
+    return x if array_module(x) is np else x.get()
+
+
+def shards(n):
+    """Split n images into at most SHARDS slices whose bounds depend on n alone."""
+    parts = max(1, min(SHARDS, n // SMALLEST_SHARD))
+    edges = [n * i // parts for i in range(parts + 1)]
+    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+
+
+@functools.cache
+def _workers(threads):
+    return ThreadPoolExecutor(threads, thread_name_prefix="cqsnn")
+
+
+@functools.cache
+def _blas():
+    return threadpoolctl.ThreadpoolController()
+
+
+def available_threads():
+    """Return the number of processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def over_shards(f, *lists, threads=None):
+    """Return [f(*items) for items in zip(*lists)], several at once on a CPU.
+
+    NumPy and BLAS let go of the interpreter lock, so plain threads share the work. BLAS keeps
+    to one thread for each of ours: its own splitting would change the bits.
+    """
+    items = list(zip(*lists, strict=True))
+    threads = threads or available_threads()
+    with _blas().limit(limits=1, user_api="blas"):
+        if threads == 1 or len(items) == 1 or array_module(lists[0][0]) is not np:
+            return [f(*item) for item in items]
+        return list(_workers(threads).map(lambda item: f(*item), items))
+
+
+def sum_over_shards(parts):
+    """Add arrays in shard order: the one place where sums over a batch are closed."""
+    return functools.reduce(lambda a, b: a + b, parts)
+
+
+def exact_dtype(bound):
+    """Return the float type in which every sum of whole numbers up to `bound` is exact.
+
+    Raises ValueError where none is (DESIGN 3.5): from 2**53.
+    """
+    for dtype, end in ((np.float32, 2**24), (np.float64, 2**53)):
+        if bound < end:
+            return dtype
+    raise ValueError(
+        f"sums of up to {bound}, expected less than 2**53: no float holds them exactly"
+    )
+
+
+def integer_dtype(bound):
+    """Return the integer type of values up to `bound`: int32, or int64 from 2**31."""
+    if bound >= 2**63:
+        raise ValueError(f"potentials of up to {bound}, expected less than 2**63")
+    return np.int32 if bound < 2**31 else np.int64
+
+
+def check_range(name, value, low, high):
+    """Raise ValueError unless value is a whole number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}: {value!r}, expected a whole number")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: {value}, expected {low} to {high}")
+
+
+def check_choice(name, value, choices):
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: {value!r}, expected one of {', '.join(choices)}")
+
+
+# ------------------------------------------------------------------------------------------
+# 2  Layers: pure functions, y, cache = f(x, ...) and dx, grads = f_backward(dy, cache)
+# ------------------------------------------------------------------------------------------
+
+BATCH_NORM_EPS = 1e-5
+BATCH_NORM_MOMENTUM = 0.1
+GAMMA_START = 0.4  # most of a layer then lies where the clamp lets gradients pass
+
+
+def pad_borders(x, pad):
+    """Add `pad` rows and columns of zeros around images x (N, H, W, C)."""
+    if pad == 0:
+        return x
+    n, height, width, channels = x.shape
+    wide = array_module(x).zeros((n, height + 2 * pad, width + 2 * pad, channels), x.dtype)
+    wide[:, pad:-pad, pad:-pad] = x
+    return wide
+
+
+def windows(x, size, stride):
+    """View x (N, H, W, C) as its kernel windows (N, Ho, Wo, K, K*C); nothing is copied.
+
+    The columns and channels of a window lie next to each other in memory: one axis.
+    """
+    n, height, width, channels = x.shape
+    image, row, column, channel = x.strides
+    assert channel == x.itemsize and column == channels * channel
+    return array_module(x).lib.stride_tricks.as_strided(
+        x,
+        (n, (height - size) // stride + 1, (width - size) // stride + 1, size, size * channels),
+        (image, row * stride, column * stride, row, channel),
+    )
+
+
+def shifted(x, size, stride):
+    """Yield (k, l, view): for each kernel position, the pixels it meets (N, Ho, Wo, C)."""
+    rows = (x.shape[1] - size) // stride * stride + 1
+    columns = (x.shape[2] - size) // stride * stride + 1
+    for k in range(size):
+        for m in range(size):
+            yield k, m, x[:, k : k + rows : stride, m : m + columns : stride]
+
+
+def images_in_block(x, rows_per_image):
+    """Images worked at once: about 1,024 rows of im2col stay in a core's cache."""
+    rows = 1024 if array_module(x) is np else 2**18
+    return max(1, rows // rows_per_image)
+
+
+def conv(x, w, stride, pad):
+    """Convolve: z[n,i,j,o] = sum_klc x[n, i*stride+k-pad, j*stride+l-pad, c] w[k,l,c,o].
+
+    im2col, a block of images at a time, then one matrix product. x (N, H, W, C) of any real
+    type is carried in the type of w (K, K, C, O). Returns z (N, Ho, Wo, O), cache.
+    """
+    xp = array_module(x)
+    size, _, _, outputs = w.shape
+    view = windows(pad_borders(x, pad), size, stride)
+    n, height, width = view.shape[:3]
+    block = min(n, images_in_block(x, height * width))
+    z = xp.empty((n, height, width, outputs), w.dtype)
+    cols = xp.empty((block, *view.shape[1:]), w.dtype)
+    matrix = w.reshape(-1, outputs)
+    for start in range(0, n, block):
+        part = view[start : start + block]
+        cols[: len(part)] = part
+        rows = cols[: len(part)].reshape(-1, len(matrix))  # (n*Ho*Wo, K*K*C)
+        xp.matmul(rows, matrix, out=z[start : start + block].reshape(-1, outputs))
+    return z, (x, w, stride, pad)
+
+
+def conv_backward(dz, cache, input_gradient=True):
+    """dw = cols' dz;  dx adds each column of dz w' back to the pixel it came from.
+
+    Returns dx (None unless input_gradient), {"w": dw}.
+    """
+    x, w, stride, pad = cache
+    xp = array_module(x)
+    size, _, channels, outputs = w.shape
+    view = windows(pad_borders(x, pad), size, stride)
+    n, height, width = view.shape[:3]
+    block = min(n, images_in_block(x, height * width))
+    matrix = xp.ascontiguousarray(w.reshape(-1, outputs).T)  # (O, K*K*C)
+    dw = xp.zeros((matrix.shape[1], outputs), w.dtype)
+    dx = xp.zeros((n, x.shape[1] + 2 * pad, x.shape[2] + 2 * pad, channels), w.dtype)
+    cols = xp.empty((block, *view.shape[1:]), w.dtype)
+    for start in range(0, n, block):
+        part = view[start : start + block]
+        cols[: len(part)] = part
+        rows = cols[: len(part)].reshape(-1, len(dw))
+        drows = dz[start : start + block].reshape(-1, outputs)
+        dw += rows.T @ drows
+        if input_gradient:
+            dcols = (drows @ matrix).reshape(len(part), height, width, size, size, channels)
+            for k, m, pixels in shifted(dx[start : start + block], size, stride):
+                pixels += dcols[:, :, :, k, m]
+    dx = dx[:, pad : dx.shape[1] - pad, pad : dx.shape[2] - pad] if input_gradient else None
+    return dx, {"w": dw.reshape(w.shape)}
+
+
+def depthwise(x, w, stride, pad):
+    """Convolve each channel by itself: z[n,i,j,c] = sum_kl x[n, i*stride+k-pad, ..., c] w[k,l,c].
+
+    Returns z (N, Ho, Wo, C) in the type of w (K, K, C), cache.
+    """
+    z = 0
+    for k, m, pixels in shifted(pad_borders(x, pad), len(w), stride):
+        z = z + pixels * w[k, m]
+    return z, (x, w, stride, pad)
+
+
+def depthwise_backward(dz, cache):
+    """dw[k,l] = sum of dz times the pixels met; dx adds dz w[k,l] to those pixels."""
+    x, w, stride, pad = cache
+    xp = array_module(x)
+    wide = pad_borders(x, pad)
+    dw = xp.zeros_like(w)
+    dx = xp.zeros(wide.shape, w.dtype)
+    for (k, m, pixels), (_, _, dpixels) in zip(
+        shifted(wide, len(w), stride), shifted(dx, len(w), stride), strict=True
+    ):
+        dw[k, m] = (dz * pixels).sum((0, 1, 2))
+        dpixels += dz * w[k, m]
+    return dx[:, pad : dx.shape[1] - pad, pad : dx.shape[2] - pad], {"w": dw}
+
+
+def sum_pool(x, size, dtype):
+    """Add up K x K squares side by side; odd rows and columns are dropped.
+
+    Average pooling is this over K*K: as a sum it stays a whole number. z (N, H//K, W//K, C).
+    """
+    z = 0
+    for _, _, pixels in shifted(x, size, size):
+        z = z + pixels.astype(dtype, copy=False)
+    return z, (x.shape, size)
+
+
+def sum_pool_backward(dz, cache):
+    """Every pixel of a square receives the square's dz."""
+    shape, size = cache
+    dx = array_module(dz).zeros(shape, dz.dtype)
+    for _, _, pixels in shifted(dx, size, size):
+        pixels[...] = dz
+    return dx, {}
+
+
+def dense(x, w):
+    """z = x w, with x (N, ...) flattened to (N, in) and w (in, O)."""
+    return x.reshape(len(x), -1).astype(w.dtype, copy=False) @ w, (x, w)
+
+
+def dense_backward(dz, cache):
+    """dw = x' dz, dx = dz w'."""
+    x, w = cache
+    return (dz @ w.T).reshape(x.shape), {"w": x.reshape(len(x), -1).T @ dz}
+
+
+def moments(z):
+    """Return the number of rows of a shard z (..., C), their mean and summed squared deviation.
+
+    Two passes in the type of z, closed in float64: nothing cancels for a large mean.
+    """
+    xp = array_module(z)
+    rows = z.reshape(len(z), -1, z.shape[-1])
+    ones = xp.ones(rows.shape[1], z.dtype)  # a sum as a product is five times faster
+    count = rows.shape[0] * rows.shape[1]
+    mean = (ones @ rows).sum(0, dtype=np.float64) / count
+    deviation = rows - mean.astype(z.dtype)
+    xp.square(deviation, out=deviation)
+    return count, mean, (ones @ deviation).sum(0, dtype=np.float64)
+
+
+def batch_moments(zs, threads=None):
+    """Return count, mean and variance (population) of all shards together, in shard order."""
+    parts = over_shards(moments, zs, threads=threads)
+    count = sum(n for n, _, _ in parts)
+    mean = sum_over_shards([n * m for n, m, _ in parts]) / count
+    spread = sum_over_shards([s + n * (m - mean) ** 2 for n, m, s in parts])
+    return count, mean, spread / count
+
+
+def batch_norm(zs, gamma, beta, mean, var, training, threads=None):
+    """u = gamma (z - mean) / sqrt(var + eps) + beta, for all shards of a batch.
+
+    The one layer in which images meet, so it takes the list of shards. Training uses the
+    batch's own mean and variance and moves the running ones in place by the momentum, the
+    variance unbiased (as PyTorch does); otherwise the running ones are used.
+    """
+    if training:
+        count, batch_mean, batch_var = batch_moments(zs, threads)
+        for running, now in ((mean, batch_mean), (var, batch_var * count / max(count - 1, 1))):
+            running *= 1 - BATCH_NORM_MOMENTUM
+            running += (BATCH_NORM_MOMENTUM * now).astype(running.dtype)
+        mean, var = batch_mean, batch_var
+    dtype = zs[0].dtype
+    mean = mean.astype(dtype)  # a copy: backward must not see the running mean move
+    inverse = (1 / array_module(var).sqrt(var + BATCH_NORM_EPS)).astype(dtype)
+    scale, offset = gamma * inverse, beta - mean * gamma * inverse
+
+    def normalise(z):
+        u = z * scale
+        u += offset
+        return u
+
+    return over_shards(normalise, zs, threads=threads), (zs, mean, inverse, gamma, training)
+
+
+def batch_norm_backward(dus, cache, threads=None):
+    """With x = (z - mean) / sqrt(var + eps): dbeta = sum du, dgamma = sum du x, and
+    dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without the last two
+    terms where the running mean and variance were used. du is overwritten: in place.
+    """
+    zs, mean, inverse, gamma, training = cache
+    xp = array_module(mean)
+
+    def sums(z, du):
+        rows, drows = (a.reshape(len(a), -1, a.shape[-1]) for a in (z, du))
+        ones = xp.ones(rows.shape[1], z.dtype)
+        x = (rows - mean) * inverse
+        x *= drows
+        return xp.stack([(ones @ a).sum(0, dtype=np.float64) for a in (drows, x)])
+
+    dbeta, dgamma = sum_over_shards(over_shards(sums, zs, dus, threads=threads))
+    count = sum(z.size // z.shape[-1] for z in zs)
+    slope = (dgamma / count).astype(mean.dtype) * inverse
+    level = (dbeta / count).astype(mean.dtype)
+
+    def input_gradient(z, du):
+        if training:
+            du -= (z - mean) * slope + level
+        du *= gamma * inverse
+        return du
+
+    grads = {"gamma": dgamma.astype(gamma.dtype), "beta": dbeta.astype(gamma.dtype)}
+    return over_shards(input_gradient, zs, dus, threads=threads), grads
+
+
+ACTIVATIONS = ("relu", "clamp", "quantize")  # in the order of the stages
+
+
+def activate(u, activation, levels=None, shift=0.0):
+    """The activation a of u, and where it lets gradients pass (bool, the shape of u).
+
+    "relu"      a = max(u, 0)
+    "clamp"     a = clamp(u, 0, 1)
+    "quantize"  the whole level k = L a = floor(L clamp(u, 0, 1) + shift)   (Algorithm 1)
+    The paper's CQ has shift 0; 1/2 rounds without bias (QCFS). L and shift are of "quantize".
+    """
+    xp = array_module(u)
+    if activation == "relu":
+        return xp.maximum(u, 0), u > 0
+    inside = (u > 0) & (u < 1)
+    a = xp.clip(u, 0, 1)
+    if activation == "quantize":
+        a *= levels
+        a += shift
+        xp.floor(a, out=a)
+    return a, inside
+
+
+def activate_backward(da, inside):
+    """du = da where 0 < u (and u < 1 unless relu), else 0: straight through the floor. In place."""
+    da *= inside
+    return da, {}
+
+
+def dropout(a, rate, seed):
+    """Set a fraction `rate` of a to zero and divide the rest by 1 - rate; in place."""
+    xp = array_module(a)
+    kept = xp.random.default_rng(seed).random(a.shape, dtype=np.float32) >= rate
+    a *= kept
+    a /= 1 - rate
+    return a, (kept, rate)
+
+
+def dropout_backward(da, cache):
+    """What was kept passes, divided by 1 - rate; in place."""
+    kept, rate = cache
+    da *= kept
+    da /= 1 - rate
+    return da, {}
+
+
+def cross_entropy(logits, labels, smoothing=0.0):
+    """Mean over images of -sum_c q_c log softmax(logits)_c, and its derivative by the logits.
+
+    q is 1 - smoothing at the label plus smoothing / classes everywhere.
+    Returns the loss (0-d array) and dlogits = (softmax - q) / N.
+    """
+    xp = array_module(logits)
+    n, classes = logits.shape
+    shifted_logits = logits - logits.max(1, keepdims=True)
+    log_softmax = shifted_logits - xp.log(xp.exp(shifted_logits).sum(1, keepdims=True))
+    q = xp.full(logits.shape, smoothing / classes, logits.dtype)
+    q[xp.arange(n), labels] += 1 - smoothing
+    return -(q * log_softmax).sum() / n, (xp.exp(log_softmax) - q) / n
+
+
+# ------------------------------------------------------------------------------------------
+# 3  Networks: one description for each layer that has neurons
+# ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Convolution, batch normalisation, CQ and, while training, dropout."""
+
+    channels: int
+    size: int = 3
+    stride: int = 1
+    pad: int = 1
+    dropout: float = 0.0
+    kind, norm = "conv", True
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """Trainable pooling: a depthwise convolution with a bias, then CQ; starts as the mean."""
+
+    size: int = 2
+    stride: int = 2
+    pad: int = 0
+    kind, norm = "depthwise", False
+
+
+@dataclass(frozen=True)
+class AvgPool:
+    """Average pooling with stride K, then CQ; odd rows and columns are dropped."""
+
+    size: int = 2
+    kind, norm, pad = "pool", False, 0
+    stride = property(lambda self: self.size)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Fully connected. With units: batch normalisation and CQ. Without (the last layer): one
+    output a class, a bias, no CQ. mean=True reads the mean over rows and columns instead."""
+
+    units: int | None = None
+    mean: bool = False
+    kind, size, stride, pad = "dense", 1, 1, 0
+    norm = property(lambda self: self.units is not None)
+
+
+A = AvgPool()
+
+
+def _vgg(*channels, pool=A):
+    return (*(pool if c == "A" else Conv(c) for c in channels), Dense())
+
+
+_VGG19 = (64, 64, "A", 128, 128, "A", *4 * (256,), "A", *4 * (512,), "A", *4 * (512,), "A")
+
+NETWORKS = {
+    "digits": (Conv(32), A, Conv(64), A, Dense()),
+    "lenet*": (
+        *(Conv(32, pad=0), Conv(32, pad=0), Conv(32, 4, 2, 1)),
+        *(Conv(64, pad=0), Conv(64, pad=0), Conv(64, 4, 2, 1)),
+        *(Conv(128, pad=0), Dense()),
+    ),
+    "vgg*": (
+        *(Conv(128), Conv(128), A, Conv(256), Conv(256), A, Conv(512), Conv(512), A),
+        *(Conv(1024, pad=0), A, Dense()),
+    ),
+    "allconv": (
+        *(Conv(32), Conv(64, 4, 2, 1), Conv(64), Conv(256, 4, 2, 1), Conv(256)),
+        *(Conv(256, 4, 2, 1), Conv(256), Dense(mean=True)),
+    ),
+    "vgg11": _vgg(64, "A", 128, "A", 256, 256, "A", 512, 512, "A", 512, 512, "A"),
+    "vgg13": _vgg(*(64, 64, "A", 128, 128, "A", 256, 256, "A"), *2 * (512, 512, "A")),
+    "vgg16": _vgg(*(64, 64, "A", 128, 128, "A", *3 * (256,), "A"), *2 * (512, 512, 512, "A")),
+    "vgg19": _vgg(*_VGG19),
+    "vgg19-tp": _vgg(*_VGG19, pool=Depthwise()),
+}
+
+
+def with_dropout(net, rate):
+    """Return net with dropout of `rate` after the CQ of every convolution."""
+    return tuple(replace(f, dropout=rate) if f.kind == "conv" else f for f in net)
+
+
+def output_shapes(net, shape, classes):
+    """Return the shape of each layer's output, (H, W, O) or (O,), for images of `shape`.
+
+    Raises ValueError naming the layer and the size there where the network cannot take it.
+    """
+    shapes = []
+    for i, layer in enumerate(net):
+        if layer.kind == "dense":
+            shape = (layer.units or classes,)
+        else:
+            size = [n + 2 * layer.pad for n in shape[:2]] if len(shape) == 3 else [0, 0]
+            if min(size) < layer.size:
+                raise ValueError(
+                    f"layer {i} ({layer.kind} {layer.size}x{layer.size}): its input is "
+                    f"{'x'.join(map(str, shape[:-1])) or 'flat'}, padded by {layer.pad}; "
+                    f"expected at least {layer.size}x{layer.size}"
+                )
+            channels = layer.channels if layer.kind == "conv" else shape[2]
+            shape = (*((n - layer.size) // layer.stride + 1 for n in size), channels)
+        shapes.append(shape)
+    return shapes
+
+
+def init_params(net, shape, classes, rng):
+    """Return float32 parameters for images of `shape` (H, W, C), drawn from the Generator rng.
+
+    Weights are normal with variance 2 / fan-in (1 / fan-in for the last layer), a trainable
+    pooling starts as the mean, batch normalisation as the identity with zero shift.
+    """
+    params, outputs = {}, output_shapes(net, shape, classes)
+    for i, (layer, before, out) in enumerate(zip(net, [shape, *outputs], outputs)):
+        if layer.kind == "pool":
+            continue
+        if layer.kind == "depthwise":
+            w = np.full((layer.size, layer.size, before[-1]), 1 / layer.size**2)
+        else:
+            whole = (layer.size, layer.size, before[-1]), (math.prod(before),)
+            fan_in = whole[layer.kind == "dense"]
+            if layer.kind == "dense" and layer.mean:
+                fan_in = before[-1:]
+            variance = (2 if layer.norm else 1) / math.prod(fan_in)
+            w = rng.normal(0, math.sqrt(variance), (*fan_in, out[-1]))
+        params[f"{i}.w"] = w.astype(np.float32)
+        starts = {"gamma": GAMMA_START, "beta": 0, "mean": 0, "var": 1} if layer.norm else {"b": 0}
+        for name, value in starts.items():
+            params[f"{i}.{name}"] = np.full(out[-1], value, np.float32)
+    return params
+
+
+def linear(layer, x, w):
+    """Apply the weighted sum of a layer (of a CNN or a converted one) to x, without its bias.
+
+    The type of w carries the sum; a pooling, whose weights are 1, gets any array of that type.
+    """
+    if layer.kind == "conv":
+        return conv(x, w, layer.stride, layer.pad)
+    if layer.kind == "depthwise":
+        return depthwise(x, w, layer.stride, layer.pad)
+    return sum_pool(x, layer.size, w.dtype) if layer.kind == "pool" else dense(x, w)
+
+
+def linear_backward(layer, dz, cache, input_gradient=True):
+    """Return dx and {"w": dw} of `linear`."""
+    if layer.kind == "conv":
+        return conv_backward(dz, cache, input_gradient)
+    backwards = {
+        "depthwise": depthwise_backward,
+        "pool": sum_pool_backward,
+        "dense": dense_backward,
+    }
+    return backwards[layer.kind](dz, cache)
+
+
+def every_position(layer, w, shape):
+    """Return a layer's weights w for inputs of `shape`: where it reads the mean over positions,
+    that is w / (H*W) at each of them."""
+    if layer.kind != "dense" or not layer.mean:
+        return w
+    positions = math.prod(shape[:-1])
+    return array_module(w).tile(w / positions, (positions, 1))
+
+
+class LayerTape(NamedTuple):
+    """What backward needs of a layer; lists have one item for each shard."""
+
+    unit: float  # the inputs are activations times this: 1, or the levels L
+    sums: list  # caches of `linear`
+    norm: tuple | None  # cache of `batch_norm`
+    inside: list | None  # where `activate` lets gradients pass; None: everywhere
+    kept: list | None  # caches of `dropout`
+    outputs: list  # what the layer passed on: activations, or levels while quantised
+
+
+def forward(net, params, x, activation="clamp", levels=None, shift=0.0, rng=None, threads=None):
+    """Run the CNN on x (N, H, W, C), floats in [0, 1]; return logits (N, classes) and a tape.
+
+    activation is "relu", "clamp" or "quantize" (with levels L and shift 0 or 1/2). A Generator
+    rng means training: dropout, and batch statistics, which move i.mean and i.var in place.
+    """
+    check_choice("activation", activation, ACTIVATIONS)
+    if (activation == "quantize") != (levels is not None):
+        raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
+    xs, unit, tape = [x[part] for part in shards(len(x))], 1, []
+    over = functools.partial(over_shards, threads=threads)
+    for i, layer in enumerate(net):
+        norm = inside = kept = None
+        p = {name: params.get(f"{i}.{name}") for name in ("w", "b", "gamma", "beta", "mean", "var")}
+        xs, sums = _forward_linear(layer, p, xs, unit, over)
+        if layer.norm:
+            xs, norm = batch_norm(xs, *list(p.values())[2:], rng is not None, threads)
+        if layer.kind == "pool" and activation == "quantize":
+            xs = over(lambda u: array_module(u).floor(u * (levels / unit) + shift), xs)
+        elif layer.kind != "pool" and i < len(net) - 1:
+            how = (activation, levels, shift)
+            xs, inside = zip(*over(lambda u: activate(u, *how), xs))
+        if rng is not None and layer.kind == "conv" and layer.dropout:
+            seeds = [int(seed) for seed in rng.integers(2**63, size=len(xs))]
+            xs, kept = zip(*over(lambda a, seed: dropout(a, layer.dropout, seed), xs, seeds))
+        tape.append(LayerTape(unit, sums, norm, inside, kept, xs))
+        unit = levels or 1
+    return array_module(x).concatenate(xs), tape
+
+
+def _forward_linear(layer, p, xs, unit, over):
+    """The weighted sum on all shards, of inputs that are activations times unit, and the bias;
+    or the mean of a pooling, which keeps the unit so that whole numbers stay whole."""
+    if layer.kind == "pool":
+        zs, caches = zip(*over(lambda x: sum_pool(x, layer.size, x.dtype), xs))
+        return over(lambda z: z / layer.size**2, zs), caches
+    w = every_position(layer, p["w"], xs[0].shape[1:]) / unit
+    zs, caches = zip(*over(lambda x: linear(layer, x, w), xs))
+    return zs if layer.norm else over(lambda z: z + p["b"], zs), caches
+
+
+def backward(net, params, tape, dlogits, threads=None):
+    """Return the gradients of the loss by all trained parameters, from dlogits (N, classes)."""
+    grads = {}
+    over = functools.partial(over_shards, threads=threads)
+    das = [dlogits[part] for part in shards(len(dlogits))]
+    for i in reversed(range(len(net))):
+        layer, entry = net[i], tape[i]
+        if entry.kept is not None:
+            das = over(lambda da, kept: dropout_backward(da, kept)[0], das, entry.kept)
+        if entry.inside is not None:
+            das = over(lambda da, inside: activate_backward(da, inside)[0], das, entry.inside)
+        if layer.kind == "pool":
+            das = over(lambda du: du / layer.size**2, das)
+        elif layer.norm:
+            das, norm_grads = batch_norm_backward(das, entry.norm, threads)
+            grads |= {f"{i}.{name}": g for name, g in norm_grads.items()}
+        else:
+            sums = over(lambda du: du.reshape(-1, du.shape[-1]).sum(0), das)
+            grads[f"{i}.b"] = sum_over_shards(sums)
+        das, dw = _backward_linear(layer, params.get(f"{i}.w"), entry, das, i > 0, over)
+        if dw is not None:
+            grads[f"{i}.w"] = dw
+    return grads
+
+
+def _backward_linear(layer, w, entry, das, input_gradient, over):
+    """The derivative by the inputs, as activations, of each shard, and by the weights."""
+
+    def shard_gradients(dz, cache):
+        # inputs were activations * unit, with weights w / unit: by the activation it is w itself
+        if layer.kind != "pool":
+            shape = cache[0].shape[1:]
+            cache = (cache[0], every_position(layer, w, shape), *cache[2:])
+        return linear_backward(layer, dz, cache, input_gradient)
+
+    dxs, parts = zip(*over(shard_gradients, das, entry.sums))
+    if layer.kind == "pool":
+        return dxs, None
+    dw = sum_over_shards([part["w"] for part in parts]) / entry.unit
+    if dw.shape != w.shape:  # one w for every position, divided by their number
+        dw = dw.reshape(-1, *w.shape).mean(0)
+    return dxs, dw
+
+
+# ------------------------------------------------------------------------------------------
+# 4  Training
+# ------------------------------------------------------------------------------------------
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al., 2024
+NORM_RATE, DENSE_RATE, DENSE_DECAY = 0.23, 1.15, 1e-3  # beside Muon's own rate
+
+
+def adam(params, grads, state, rate, beta1=0.9, beta2=0.999, eps=1e-8):
+    """One step of Adam (Kingma and Ba, 2015), the paper's optimiser; params, state in place.
+
+    state is {} at first; it gets the step number and both moments, "m.i.name", "v.i.name".
+    """
+    step = state.setdefault("step", np.zeros((), np.int64))
+    step += 1
+    correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
+    for key, g in grads.items():
+        xp = array_module(g)
+        for name, beta, now in (("m", beta1, g), ("v", beta2, g * g)):
+            moment = state.setdefault(f"{name}.{key}", xp.zeros_like(g))
+            moment *= beta
+            moment += (1 - beta) * now
+        slope = xp.sqrt(state[f"v.{key}"] / correction2) + eps
+        params[key] -= rate / correction1 * state[f"m.{key}"] / slope
+
+
+def orthogonalise(g):
+    """Return the matrix g (rows <= columns) with singular values near 1: X <- g / |g|, then
+    three times M = X X', X <- a X + (b M + c M M) X (DESIGN: Muon)."""
+    a, b, c = NEWTON_SCHULZ
+    x = g / (array_module(g).linalg.norm(g) + 1e-7)
+    for _ in range(3):
+        m = x @ x.T
+        x = a * x + (b * m + c * (m @ m)) @ x
+    return x
+
+
+def muon(params, grads, state, rate, momentum=0.6, others_momentum=0.85):
+    """One step of Muon on convolution weights, of Nesterov SGD on the rest; in place.
+
+    Convolution weights W, as a matrix (O, K*K*C), are scaled to the norm sqrt(O), which the
+    batch normalisation behind them hides, and move by `rate` times the orthogonalised
+    gradient. state is {} at first; it gets the momenta, "m.i.name".
+    """
+    for key, g in grads.items():
+        xp = array_module(g)
+        w, keep = params[key], momentum if g.ndim == 4 else others_momentum
+        moment = state.setdefault(f"m.{key}", xp.zeros_like(g))
+        if key.endswith(".w") and g.ndim == 2:
+            g = g + DENSE_DECAY * w
+        moment *= keep
+        moment += g
+        g = g + keep * moment  # Nesterov: the gradient after the coming step of momentum
+        if g.ndim == 4:
+            w *= math.sqrt(w.shape[-1]) / (xp.linalg.norm(w) + 1e-7)
+            flat = g.reshape(-1, g.shape[-1])  # (K*K*C, O)
+            tall = flat.shape[0] > flat.shape[1]
+            step = orthogonalise(flat.T).T if tall else orthogonalise(flat)
+            w -= rate * step.reshape(w.shape)
+        else:
+            norm = key.endswith((".gamma", ".beta"))
+            w -= rate * (NORM_RATE if norm else DENSE_RATE) * g
+
+
+OPTIMIZERS = {"adam": adam, "muon": muon}
+
+
+def rate_at(progress, peak, ramp=0.1):
+    """Return the learning rate at `progress` (0 to 1) of a stage: up for a tenth, then to 0."""
+    return peak * min(progress / ramp, (1 - progress) / (1 - ramp)) if progress < 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a training but data and seed: network, stages, optimiser, input, CQ."""
+
+    net: str
+    relu_epochs: int = 0
+    clamp_epochs: int = 20
+    quantize_epochs: int = 10
+    optimizer: str = "adam"
+    lr: float = 3e-3  # the highest rate; it rises and falls once in every stage
+    batch: int = 64
+    smoothing: float = 0.0  # of the labels
+    dropout: float = 0.0  # after the CQ of convolutions
+    move: int = 0  # pixels, each way, by which images are shifted at random
+    flip: bool = False  # mirror images left to right in every second epoch
+    encoding: str = "spikes"
+    steps: int = 32
+    levels: int = 32
+    shift: float = 0.0
+
+    @property
+    def stages(self):
+        """The stages that have epochs, in order: (activation, epochs)."""
+        stages = ((name, getattr(self, f"{name}_epochs")) for name in ACTIVATIONS)
+        return [(name, epochs) for name, epochs in stages if epochs]
+
+    def stage_of(self, epoch):
+        """Return (activation, epochs done in the stage, epochs of the stage) of a run's epoch."""
+        for activation, epochs in self.stages:
+            if epoch < epochs:
+                return activation, epoch, epochs
+            epoch -= epochs
+        raise ValueError(f"epoch {epoch} past the end of the stages {self.stages}")
+
+    def how(self, activation):
+        """Return what `forward` takes for a stage: activation, levels, shift."""
+        quantized = activation == "quantize"
+        return activation, self.levels if quantized else None, self.shift if quantized else 0.0
+
+
+def augment(images, mirrored, move, rng):
+    """Shift each image (N, H, W, C) by up to `move` pixels each way, the border reflected, and
+    mirror those of mirrored (N,) bool: every pixel is looked up where it comes from."""
+    xp = array_module(images)
+    n, height, width, _ = images.shape
+    down, right = xp.asarray(rng.integers(-move, move + 1, (2, n, 1)))
+    column = xp.arange(width)
+    column = xp.where(mirrored[:, None], width - 1 - column, column) + right  # (N, W)
+    row = xp.arange(height) + down  # (N, H)
+    row, column = ((k - 1) - abs((k - 1) - abs(a)) for a, k in ((row, height), (column, width)))
+    return images[xp.arange(n)[:, None, None], row[:, :, None], column[:, None]]
+
+
+def mirrored_images(n, seed, epoch):
+    """Which of n images an epoch mirrors: a random half at first, then the others, in turn."""
+    start = np.random.default_rng(seed).integers(2, size=n)
+    return (start + epoch) % 2 == 1
+
+
+def encode(pixels, steps):
+    """Return the spikes that each pixel (uint8) emits in `steps` steps: floor(p * T / 255)."""
+    table = np.arange(256, dtype=np.int64) * steps // 255
+    xp = array_module(pixels)
+    return xp.asarray(table.astype(integer_dtype(steps)))[pixels]
+
+
+def network_input(pixels, steps, encoding):
+    """Return pixels (uint8) as the CNN sees them, float32 in [0, 1]: what the SNN will get.
+
+    Encoding "spikes": floor(p * T / 255) / T. "direct": p / 255.
+    """
+    counts = encode(pixels, steps) if encoding == "spikes" else pixels
+    return counts.astype(np.float32) / (steps if encoding == "spikes" else 255)
+
+
+def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progress, threads=None):
+    """Train for the run's epoch number `epoch` (from 0); params and optimiser state in place.
+
+    images (N, H, W, C) uint8, labels (N,). All randomness comes from seed and epoch, so that
+    an epoch can be run again to the same bits. progress(n) is told of every n images done.
+    Returns mean loss and accuracy. Raises FloatingPointError where the loss is not finite.
+    """
+    xp, n = array_module(images), len(images)
+    rng = np.random.default_rng([seed, epoch])
+    activation, epochs_done, epochs = recipe.stage_of(epoch)
+    order = xp.asarray(rng.permutation(n))
+    mirrored = xp.asarray(mirrored_images(n, seed, epoch) if recipe.flip else np.zeros(n, bool))
+    loss, correct = xp.zeros((), np.float64), xp.zeros((), np.int64)
+    for start in range(0, n, recipe.batch):
+        chosen = order[start : start + recipe.batch]
+        pixels = augment(images[chosen], mirrored[chosen], recipe.move, rng)
+        x = network_input(pixels, recipe.steps, recipe.encoding)
+        logits, tape = forward(net, params, x, *recipe.how(activation), rng, threads)
+        batch_loss, dlogits = cross_entropy(logits, labels[chosen], recipe.smoothing)
+        grads = backward(net, params, tape, dlogits, threads)
+        del tape  # its memory serves the next batch
+        rate = rate_at((epochs_done + start / n) / epochs, recipe.lr)
+        OPTIMIZERS[recipe.optimizer](params, grads, state, rate)
+        loss += batch_loss * len(chosen)
+        correct += (logits.argmax(1) == labels[chosen]).sum()
+        progress(len(chosen))
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"epoch {epoch + 1} ({activation}): the loss is {float(loss)}")
+    return float(loss) / n, float(correct) / n
+
+
+def accuracy(net, params, images, labels, recipe, activation, batch=250, threads=None):
+    """Return the fraction of images (N, H, W, C) uint8 that the CNN classifies as labelled."""
+    correct = 0
+    for start in range(0, len(images), batch):
+        x = network_input(images[start : start + batch], recipe.steps, recipe.encoding)
+        logits, _ = forward(net, params, x, *recipe.how(activation), threads=threads)
+        correct += int((logits.argmax(1) == labels[start : start + batch]).sum())
+    return correct / len(images)
+
+
+# ------------------------------------------------------------------------------------------
+# 5  Conversion: a trained CNN becomes whole numbers
+# ------------------------------------------------------------------------------------------
+
+
+LAYER_ARRAYS = ("w", "b", "theta", "v0")
+
+
+@dataclass(frozen=True, eq=False)
+class SpikingLayer:
+    """One layer as the SNN file stores it; its current is w . s + b and nothing else.
+
+    w int32 (conv (K, K, C, O), depthwise (K, K, C), dense (in, O)) and b int32 (O,) are None
+    for a pooling; theta and v0 int32, scalar or (O,). A layer that does not fire is the last.
+    """
+
+    kind: str
+    size: int
+    stride: int
+    pad: int
+    fires: bool
+    w: np.ndarray | None
+    b: np.ndarray | None
+    theta: np.ndarray
+    v0: np.ndarray
+
+    channels = units = property(lambda self: self.w.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class SpikingNetwork:
+    """A converted network: layers, and how its input comes. `unit` is F of DESIGN 3.5."""
+
+    steps: int
+    input_shape: tuple
+    classes: int
+    weight_bits: int
+    unit: int
+    encoding: str
+    layers: tuple
+
+    @property
+    def shapes(self):
+        """The shape of the input and of each layer's output."""
+        return [self.input_shape, *output_shapes(self.layers, self.input_shape, self.classes)]
+
+    def largest_input(self, i):
+        """The largest value that layer i receives in one step: a spike, or a white pixel."""
+        return 255 if i == 0 and self.encoding == "direct" else 1
+
+
+def fold(net, params, shape):
+    """Return each layer's float64 weights and bias with batch normalisation folded in.
+
+    W = w gamma / sqrt(var + eps), B = beta - mean gamma / sqrt(var + eps); a pooling is None.
+    A layer that reads the mean over positions becomes one with W / (H*W) at each of them.
+    """
+    folded, names = [], ("w", "b", "gamma", "beta", "mean", "var")
+    shapes = [shape, *output_shapes(net, shape, len(params[f"{len(net) - 1}.b"]))]
+    for i, (layer, before) in enumerate(zip(net, shapes)):
+        p = {n: params[f"{i}.{n}"] for n in names if f"{i}.{n}" in params}
+        p = {n: to_host(a).astype(np.float64) for n, a in p.items()}
+        if layer.norm:
+            scale = p["gamma"] / np.sqrt(p["var"] + BATCH_NORM_EPS)
+            folded.append((p["w"] * scale, p["beta"] - p["mean"] * scale))
+        else:
+            pool = layer.kind == "pool"
+            folded.append(None if pool else (every_position(layer, p["w"], before), p["b"]))
+    return folded
+
+
+def weight_scale(w, bits, where):
+    """Return S = floor((2**(bits - 1) - 1) / max|w|), w as a whole or an array for each channel.
+
+    All-zero weights take 2**(bits - 1) - 1. Raises ValueError where S would be 0.
+    """
+    largest = np.abs(w).max(axis=tuple(range(w.ndim - 1)))
+    worst, top = int(largest.argmax()), 2 ** (bits - 1) - 1
+    if not np.isfinite(largest).all():
+        raise ValueError(f"{where}: weights are not finite, expected numbers")
+    scale = math.floor(top / largest[worst]) if largest[worst] > 0 else top
+    if scale < 1:
+        raise ValueError(
+            f"{where}: the largest weight is {largest[worst]:.4g} (channel {worst}), "
+            f"expected at most {top} for {bits} bits"
+        )
+    if scale < 2 ** (bits - 1) / 16:
+        warnings.warn(
+            f"{where}: channel {worst} has the outsize weight {largest[worst]:.4g}, which leaves "
+            f"the others few of the {bits} bits (S = {scale})",
+            stacklevel=3,
+        )
+    return scale
+
+
+def integer_layer(layer, folded, scale, shift, unit, whole, fires):
+    """Return a layer in whole numbers (int64), its input in units of 1/whole:
+
+    w = F rint(W S), b = rint(B S F whole), theta = S F whole, v0 = rint(shift theta); a pooling
+    has weights 1 and theta = K*K whole.
+    """
+    w = b = None
+    theta = layer.size**2 * whole
+    if folded is not None:
+        w = unit * np.rint(folded[0] * scale).astype(np.int64)
+        b = np.rint(folded[1] * scale * unit * whole).astype(np.int64)
+        theta = scale * unit * whole
+    theta = np.asarray(theta, np.int64)
+    v0 = np.rint(shift * theta if fires else 0 * theta).astype(np.int64)
+    return SpikingLayer(layer.kind, layer.size, layer.stride, layer.pad, fires, w, b, theta, v0)
+
+
+def largest_sum(layer, largest_input, steps):
+    """Bound every partial sum of a layer's charge: max_o(sum|w| x + |b| steps + |v0|), an int.
+
+    x is the largest value an input may have: in one step, or as its count over all of them.
+    """
+    if layer.kind == "pool":
+        return layer.size**2 * largest_input + int(abs(layer.v0).max())
+    weights = np.abs(layer.w.astype(np.int64)).reshape(-1, layer.w.shape[-1]).sum(0)
+    bias, v0 = np.abs(layer.b.astype(np.int64)), np.abs(layer.v0.astype(np.int64))
+    channels = zip(weights, bias, np.broadcast_to(v0, bias.shape), strict=True)
+    return max(int(w) * largest_input + int(b) * steps + int(v) for w, b, v in channels)
+
+
+def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spikes"):
+    """Turn a trained CNN for images of `shape` into a SpikingNetwork of `weight_bits` weights.
+
+    shift is that of the CQ activation; weights do not depend on steps. F is 16, or the largest
+    power of two below it with which everything fits in 32 bits.
+    Raises ValueError, naming the layer, where weights do not fit. Warns of an outsize weight.
+    """
+    check_choice("encoding", encoding, ("spikes", "direct"))
+    check_range("weight_bits", weight_bits, 2, 16)
+    check_range("steps", steps, 1, 2**31 - 1)
+    last, folded, scales = len(net) - 1, fold(net, params, shape), []
+    for i, (layer, wb) in enumerate(zip(net, folded)):
+        where = f"layer {i} ({layer.kind})"
+        scales.append(None if wb is None else weight_scale(wb[0], weight_bits, where))
+    for unit in (16, 8, 4, 2, 1):
+        layers, too_large = [], None
+        for i, (layer, wb, scale) in enumerate(zip(net, folded, scales)):
+            whole = 255 if i == 0 and encoding == "direct" else 1
+            layers.append(integer_layer(layer, wb, scale, shift, unit, whole, i < last))
+            arrays = [getattr(layers[i], name) for name in LAYER_ARRAYS]
+            if max(int(abs(a).max()) for a in arrays if a is not None) >= 2**31:
+                too_large = i
+        if too_large is None:
+            break
+    else:
+        raise ValueError(
+            f"layer {too_large}: its weights are too small beside its bias and threshold 1, "
+            f"which in whole numbers of {weight_bits}-bit weights pass 2**31"
+        )
+    stored = [{n: getattr(f, n) for n in LAYER_ARRAYS if getattr(f, n) is not None} for f in layers]
+    stored = [{n: a.astype(np.int32) for n, a in arrays.items()} for arrays in stored]
+    layers = tuple(replace(f, **arrays) for f, arrays in zip(layers, stored))
+    classes = len(params[f"{last}.b"])
+    return SpikingNetwork(steps, tuple(shape), classes, weight_bits, unit, encoding, layers)
+
+
+# ------------------------------------------------------------------------------------------
+# 6  Simulation: integrate and fire, in whole numbers
+# ------------------------------------------------------------------------------------------
+
+
+def check_input(snn, k0):
+    """Raise ValueError unless k0 is what snn takes: counts 0 to T, or pixels where direct."""
+    if k0.shape[1:] != tuple(snn.input_shape) or len(k0) == 0:
+        expected = ", ".join(map(str, ("N", *snn.input_shape)))
+        raise ValueError(f"input: shape {k0.shape}, expected ({expected})")
+    if snn.encoding == "direct":
+        if k0.dtype != np.uint8:
+            raise ValueError(f"input: {k0.dtype} values, expected uint8 pixels (direct encoding)")
+    elif k0.dtype.kind not in "iu" or k0.min() < 0 or k0.max() > snn.steps:
+        raise ValueError(
+            f"input: {k0.dtype} values {k0.min()} to {k0.max()}, expected counts of 0 to "
+            f"{snn.steps} spikes"
+        )
+
+
+class Reference(NamedTuple):
+    """What the integer CNN computes: the counts of each firing layer, the logits (N, classes)."""
+
+    counts: list
+    logits: np.ndarray
+
+
+def integer_forward(snn, k0, threads=None):
+    """Run the integer CNN: k_out = clamp(floor((w . k_in + T b + v0) / theta), 0, T).
+
+    k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
+    "direct". The last layer gives its logits, w . k_in + T b. Exact whole numbers.
+    """
+    check_input(snn, k0)
+    xp, steps = array_module(k0), snn.steps
+    sums = []
+    for i, layer in enumerate(snn.layers):
+        bound = largest_sum(layer, snn.largest_input(i) * steps, steps)
+        sums.append(Sums(layer, xp, exact_dtype(bound), integer_dtype(bound)))
+
+    def run(counts):
+        every = []
+        counts = counts * xp.asarray(steps, sums[0].integer) if snn.encoding == "direct" else counts
+        for layer, current in zip(snn.layers, sums, strict=True):
+            charge = current(counts, steps)
+            if layer.fires:
+                charge += xp.asarray(layer.v0)
+                counts = xp.clip(charge // xp.asarray(layer.theta), 0, steps)
+                every.append(counts)
+        return every, charge
+
+    runs = over_shards(run, [k0[part] for part in shards(len(k0))], threads=threads)
+    counts = [xp.concatenate(parts) for parts in zip(*(r[0] for r in runs), strict=True)]
+    return Reference(counts, xp.concatenate([r[1] for r in runs]))
+
+
+class Sums:
+    """A layer's weights carried in a float type that holds its sums exactly, and its bias."""
+
+    def __init__(self, layer, xp, carrier, integer):
+        self.layer, self.integer = layer, integer
+        self.w = xp.ones((), carrier) if layer.w is None else xp.asarray(layer.w, carrier)
+        self.b = xp.asarray(0 if layer.b is None else layer.b, integer)
+
+    def __call__(self, x, steps):
+        """Return w . x + b * steps as integers, for x (N, ...)."""
+        current = linear(self.layer, x, self.w)[0].astype(self.integer)
+        current += self.b * self.integer(steps)
+        return current
+
+
+def delay_of(schedule, steps):
+    """Return the delay d of a schedule: "streaming" 0, "synchronous" T, or d itself, 0 to T."""
+    named = {"streaming": 0, "synchronous": steps}
+    delay = named.get(schedule, schedule)
+    if isinstance(delay, str) and delay.isdecimal():
+        delay = int(delay)
+    if (
+        isinstance(delay, bool)
+        or not isinstance(delay, (int, np.integer))
+        or not 0 <= delay <= steps
+    ):
+        raise ValueError(
+            f"schedule: {schedule!r}, expected streaming, synchronous or a delay of 0 to {steps}"
+        )
+    return int(delay)
+
+
+def steps_to_answer(snn, schedule):
+    """Return the steps from the first input to the last: T + d * (firing layers)."""
+    firing = sum(layer.fires for layer in snn.layers)
+    return snn.steps + delay_of(schedule, snn.steps) * firing
+
+
+class Source:
+    """The input of a block of images as spikes: s(t) = floor(k0 t / T) - floor(k0 (t-1) / T),
+    or, where it is direct, the pixels themselves at every step."""
+
+    def __init__(self, k0, steps, encoding):
+        self.xp = array_module(k0)
+        largest = steps * (255 if encoding == "direct" else steps)
+        self.k0 = k0.astype(integer_dtype(largest))
+        self.steps, self.direct, self.now = steps, encoding == "direct", 0
+        self.emitted = self.xp.zeros_like(self.k0)
+
+    def counts(self, m):
+        """Return the sum of the next m steps (N, H, W, C)."""
+        if self.direct:
+            return self.k0 * m
+        self.now += m
+        before, self.emitted = self.emitted, self.k0 * self.now // self.steps
+        return self.emitted - before
+
+    def spikes(self, m):
+        """Return the next m steps (m, N, H, W, C) uint8."""
+        return self.xp.stack([self.counts(1).astype(np.uint8) for _ in range(m)])
+
+
+class Population:
+    """The IF neurons of one layer for a block of images, at a point of their own time.
+
+    They integrate the first d steps of their input in silence, all at once; then, at each of T
+    steps, the next input if any is left, and fire where v >= theta (DESIGN 3.4). What is left
+    when the input is over is a charge v that pays for floor(v / theta) spikes, one a step.
+    """
+
+    def __init__(self, shape, sums, first_sums, below, steps, delay, chunk, record):
+        self.xp = xp = array_module(sums.w)
+        self.sums, self.below, self.chunk = sums, below, chunk
+        self.theta = xp.asarray(sums.layer.theta, sums.integer)
+        self.v = xp.zeros(shape, sums.integer) + xp.asarray(sums.layer.v0, sums.integer)
+        if delay:
+            self.v += first_sums(below.counts(delay), delay)
+        self.inputs_left = steps - delay
+        self.total = xp.zeros(shape, np.int32)
+        self.kept = [] if record else None
+
+    def spikes(self, m):
+        """Return the next m firing steps (m, N, ...), uint8."""
+        xp = self.xp
+        spikes = xp.empty((m, *self.v.shape), np.uint8)
+        fed = min(m, self.inputs_left)
+        if fed:
+            x = self.below.spikes(fed)
+            currents = self.sums(x.reshape(-1, *x.shape[2:]), 1)
+            self.fire(currents.reshape(fed, *self.v.shape), spikes)
+            self.inputs_left -= fed
+            self.total += spikes[:fed].sum(0, dtype=np.int32)
+        if m > fed:
+            counts = self.discharge(m - fed)
+            for t in range(fed, m):
+                xp.greater(counts, t - fed, out=spikes[t].view(bool))
+        if self.kept is not None:
+            self.kept.append(spikes)
+        return spikes
+
+    def counts(self, m):
+        """Return how often each neuron fires in its next m firing steps (N, ...), int32."""
+        one_by_one = min(m, self.inputs_left) if self.kept is None else m
+        counts = self.xp.zeros(self.v.shape, np.int32)
+        for start in range(0, one_by_one, self.chunk):
+            counts += self.spikes(min(self.chunk, one_by_one - start)).sum(0, dtype=np.int32)
+        return counts + self.discharge(m - one_by_one) if m > one_by_one else counts
+
+    def fire(self, currents, spikes):
+        """v += I; where v >= theta a spike, and v -= theta. In place on v and spikes."""
+        for current, spike in zip(currents, spikes, strict=False):
+            self.v += current
+            self.xp.greater_equal(self.v, self.theta, out=spike.view(bool))
+            self.v -= self.theta * spike
+
+    def discharge(self, m):
+        """Fire m steps without input, in closed form; return the counts."""
+        counts = self.xp.clip(self.v // self.theta, 0, m)
+        self.v -= counts * self.theta
+        counts = counts.astype(np.int32)
+        self.total += counts
+        return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a simulation gives. counts: int32 (N, ...) for each firing layer; logits
+    (N, classes) and logits_over_time (T, N, classes), integers; synops (N,); spikes: None, or
+    uint8 (T, N, ...) for each firing layer, over its own T firing steps."""
+
+    counts: list
+    logits: np.ndarray
+    logits_over_time: np.ndarray
+    synops: np.ndarray
+    spikes: list | None
+
+
+BLOCK_BYTES, CHUNK_BYTES = 2**22, 2**24  # currents of the largest layer: a step's, a chunk's
+
+
+def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None, threads=None):
+    """Simulate the SNN spike by spike for T = snn.steps steps; return a Run.
+
+    k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
+    "direct". Time runs in chunks and images in blocks of `batch`, one block a thread; neither
+    changes any bit, and memory does not grow with T (but for what `record` keeps).
+    """
+    check_input(snn, k0)
+    delay = delay_of(schedule, snn.steps)
+    xp = array_module(k0)
+    largest = 4 * max(math.prod(shape) for shape in snn.shapes)  # bytes of a step, an image
+    batch = batch or max(1, min(64, BLOCK_BYTES // largest))
+    chunk = chunk or max(1, min(snn.steps, CHUNK_BYTES // (largest * batch)))
+    sums = []
+    for i, layer in enumerate(snn.layers):
+        step = largest_sum(layer, snn.largest_input(i), 1)
+        start = largest_sum(layer, snn.largest_input(i) * delay, delay)
+        integer = integer_dtype(snn.steps * step + int(abs(layer.v0).max()))
+        sums.append([Sums(layer, xp, exact_dtype(bound), integer) for bound in (step, start)])
+    blocks = [k0[start : start + batch] for start in range(0, len(k0), batch)]
+    runs = over_shards(
+        lambda block: _simulate_block(snn, sums, block, delay, chunk, record),
+        blocks,
+        threads=threads,
+    )
+    counts, over_time, spikes = zip(*runs, strict=True)
+    counts = [xp.concatenate(parts) for parts in zip(*counts, strict=True)]
+    over_time = xp.concatenate(over_time, axis=1)
+    spikes = [xp.concatenate(parts, axis=1) for parts in zip(*spikes, strict=True)]
+    synops = synaptic_operations(snn, k0, counts)
+    return Run(counts, over_time[-1], over_time, synops, spikes if record else None)
+
+
+def _simulate_block(snn, sums, k0, delay, chunk, record):
+    """Simulate some images; return counts, logits over time and, to record, spikes."""
+    xp, populations = array_module(k0), []
+    below = Source(k0, snn.steps, snn.encoding)
+    for (step_sums, first_sums), shape in zip(sums[:-1], snn.shapes[1:-1], strict=True):
+        shape = (len(k0), *shape)
+        below = Population(shape, step_sums, first_sums, below, snn.steps, delay, chunk, record)
+        populations.append(below)
+    logits, over_time = 0, []
+    for start in range(0, snn.steps, chunk):
+        x = below.spikes(min(chunk, snn.steps - start))
+        currents = sums[-1][0](x.reshape(-1, *x.shape[2:]), 1)
+        over_time.append(logits + currents.reshape(*x.shape[:2], -1).cumsum(0))
+        logits = over_time[-1][-1]
+    spikes = [xp.concatenate(p.kept) for p in populations if record]
+    return [p.total for p in populations], xp.concatenate(over_time), spikes
+
+
+def fan_out(layer, shape):
+    """Return how many weights of `layer` a spike of its input (H, W, C) or (in,) meets, by
+    position: (H, W) or (). Borders and strides are respected, zero weights count."""
+    outputs = 1 if layer.kind in ("depthwise", "pool") else layer.w.shape[-1]
+    if layer.kind == "dense":
+        return np.full(shape[:-1], outputs, np.int64)
+    reach = []
+    for n in shape[:2]:
+        first = np.arange((n + 2 * layer.pad - layer.size) // layer.stride + 1) * layer.stride
+        met = (first[:, None] + np.arange(layer.size) - layer.pad).ravel()
+        reach.append(np.bincount(met[(met >= 0) & (met < n)], minlength=n))
+    return np.multiply.outer(*reach) * outputs
+
+
+def synaptic_operations(snn, k0, counts):
+    """Return the SynOps of each image (N,): every spike times the weights it meets.
+
+    A direct input has no spikes: see `macs`.
+    """
+    xp = array_module(k0)
+    total = xp.zeros(len(k0), np.int64)
+    for i, spikes in enumerate([k0, *counts]):
+        if i > 0 or snn.encoding == "spikes":
+            fan = xp.asarray(fan_out(snn.layers[i], snn.shapes[i]))
+            met = spikes.sum(-1, dtype=np.int64) * fan
+            total += met.reshape(len(k0), -1).sum(1)
+    return total
+
+
+def macs(snn):
+    """Return the multiply-adds of each layer for one image, by the rules of SynOps: what they
+    would be if every input spiked once. A pooling, which only adds, has 0."""
+    fans = [fan_out(f, shape).sum() * shape[-1] for f, shape in zip(snn.layers, snn.shapes)]
+    return [0 if f.kind == "pool" else int(n) for f, n in zip(snn.layers, fans, strict=True)]
+
+
+def predicted(snn, images):
+    """Return what simulate and integer_forward take for images (N, H, W, C) uint8."""
+    return images if snn.encoding == "direct" else encode(images, snn.steps)
+
+
+def evaluate(snn, images, labels, schedules, *, batch=100, progress=lambda n: None, threads=None):
+    """Classify images (N, H, W, C) uint8 with the integer CNN and the SNN of each schedule.
+
+    Returns integer_accuracy and, for each schedule: accuracy, curve (accuracy after t = 1 to T
+    of the last layer's steps), wrong_counts (fraction of each firing layer's neurons whose
+    count is not the integer CNN's), spikes_per_neuron, synops_per_image, steps_to_answer and
+    seconds. progress(n) is told of n images of a schedule.
+    """
+    n, correct, rows = len(images), 0, {s: [] for s in schedules}
+    for start in range(0, n, batch):
+        k0, truth = predicted(snn, images[start : start + batch]), labels[start : start + batch]
+        reference = integer_forward(snn, k0, threads)
+        correct += int((reference.logits.argmax(1) == truth).sum())
+        for schedule in schedules:
+            began = time.perf_counter()
+            run = simulate(snn, k0, schedule, threads=threads)
+            seconds = time.perf_counter() - began
+            right = (run.logits_over_time.argmax(2) == truth).sum(1)
+            pairs = zip(run.counts, reference.counts, strict=True)
+            wrong = [int((ours != exact).sum()) for ours, exact in pairs]
+            spikes = sum(int(c.sum()) for c in run.counts)
+            rows[schedule].append((to_host(right), wrong, spikes, int(run.synops.sum()), seconds))
+            progress(len(k0))
+    neurons = [n * math.prod(shape) for shape in snn.shapes[1:-1]]
+    report = {}
+    for schedule, parts in rows.items():
+        right, wrong, spikes, synops, seconds = (sum(map(np.asarray, p)) for p in zip(*parts))
+        report[schedule] = {
+            "accuracy": float(right[-1] / n),
+            "curve": [float(x) for x in right / n],
+            "wrong_counts": [float(x) for x in wrong / np.array(neurons)],
+            "spikes_per_neuron": float(spikes / sum(neurons)),
+            "synops_per_image": float(synops / n),
+            "steps_to_answer": steps_to_answer(snn, schedule),
+            "seconds": float(seconds),
+        }
+    return correct / n, report
+
+
+def moved_levels(net, params, snn, images, recipe, batch=100, threads=None):
+    """Return, for each firing layer, the fraction of levels of the CQ network (L = T) that the
+    integer CNN has otherwise: what rounding the weights has moved. images (N, H, W, C) uint8."""
+    moved = 0
+    for start in range(0, len(images), batch):
+        part = images[start : start + batch]
+        x = network_input(part, snn.steps, snn.encoding)
+        _, tape = forward(net, params, x, *recipe.how("quantize"), threads=threads)
+        exact = integer_forward(snn, predicted(snn, part), threads).counts
+        xp, pairs = array_module(x), zip(tape, exact, strict=False)
+        moved += np.array([int((xp.concatenate(t.outputs) != c).sum()) for t, c in pairs])
+    neurons = [len(images) * math.prod(shape) for shape in snn.shapes[1:-1]]
+    return [float(x) for x in moved / np.array(neurons)]
+
+
+# ------------------------------------------------------------------------------------------
+# 7  Files
+# ------------------------------------------------------------------------------------------
+
+
+def write_file(path, write):
+    """Let write(file) fill a binary file that appears at `path` only when it is whole.
+
+    It is written under another name beside it, flushed to the disk and renamed.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_npz(path, file_format):
+    """Return the arrays of a .npz file of ours, or raise ValueError with its name and reason."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # zip, zlib, header and type errors: whatever damage brings
+        raise ValueError(f"{path}: damaged or not a .npz file ({error})") from None
+    found = str(arrays.pop("format", "none"))
+    if found != file_format:
+        raise ValueError(f"{path}: format {found!r}, expected {file_format!r}")
+    return arrays
+
+
+SNN_FORMAT, MODEL_FORMAT = "cqsnn-snn/1", "cqsnn-model/1"
+
+
+def save_snn(path, snn):
+    """Write a SpikingNetwork as an SNN file (DESIGN 7): JSON `network`, int32 arrays i.w i.b
+    i.theta i.v0."""
+    names = ("steps", "input_shape", "classes", "weight_bits", "unit", "encoding")
+    network = {name: getattr(snn, name) for name in names}
+    network["layers"] = [
+        {name: getattr(f, name) for name in ("kind", "stride", "pad", "size", "fires")}
+        for f in snn.layers
+    ]
+    arrays = {
+        f"{i}.{name}": getattr(f, name)
+        for i, f in enumerate(snn.layers)
+        for name in LAYER_ARRAYS
+        if getattr(f, name) is not None
+    }
+    text = json.dumps(network)
+    write_file(path, lambda f: np.savez_compressed(f, format=SNN_FORMAT, network=text, **arrays))
+
+
+def load_snn(path):
+    """Read an SNN file. Raises ValueError, with its name, where it is not a whole one."""
+    arrays = read_npz(path, SNN_FORMAT)
+    try:
+        network = json.loads(str(arrays.pop("network")))
+        layers = []
+        for i, entry in enumerate(network.pop("layers")):
+            parts = {name: arrays.pop(f"{i}.{name}", None) for name in LAYER_ARRAYS}
+            layers.append(SpikingLayer(**entry, **parts))
+        if arrays:
+            raise ValueError(f"array {min(arrays)} belongs to no layer")
+        network["input_shape"] = tuple(network["input_shape"])
+        snn = SpikingNetwork(**network, layers=tuple(layers))
+        check_network(snn)
+        return snn
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole SNN file: {error}") from None
+
+
+def check_network(snn):
+    """Raise ValueError unless a network's numbers and arrays fit each other."""
+    limits = {"steps": 2**31 - 1, "classes": 2**31 - 1, "weight_bits": 16, "unit": 16}
+    for name, high in limits.items():
+        check_range(name, getattr(snn, name), 1, high)
+    check_choice("encoding", snn.encoding, ("spikes", "direct"))
+    if len(snn.input_shape) != 3 or not snn.layers:
+        raise ValueError(f"input_shape {snn.input_shape}, {len(snn.layers)} layers")
+    for n in snn.input_shape:
+        check_range("input_shape", n, 1, 2**15)
+    shape = snn.input_shape
+    for i, layer in enumerate(snn.layers):
+        _check_layer(layer, i, shape)
+        (shape,) = output_shapes([layer], shape, snn.classes)
+        if layer.fires == (i == len(snn.layers) - 1):
+            raise ValueError(f"layer {i} fires: {layer.fires}; every layer fires but the last")
+    if shape != (snn.classes,):
+        raise ValueError(f"the last layer gives {shape}, expected {snn.classes} classes")
+
+
+def _check_layer(layer, i, shape):
+    """Raise ValueError unless the arrays of layer i fit each other and its input's shape."""
+    check_choice(f"layer {i} kind", layer.kind, ("conv", "depthwise", "pool", "dense"))
+    for name, low in (("size", 1), ("stride", 1), ("pad", 0)):
+        check_range(f"layer {i} {name}", getattr(layer, name), low, 2**15)
+    if layer.kind == "pool" and (layer.stride != layer.size or layer.pad):
+        raise ValueError(f"layer {i}: a pool's stride is its size, and it has no pad")
+    outputs = shape[-1:] if layer.w is None else layer.w.shape[-1:]
+    kernel = {
+        "conv": (layer.size, layer.size, shape[-1], *outputs),
+        "depthwise": (layer.size, layer.size, shape[-1]),
+        "dense": (math.prod(shape), *outputs),
+    }
+    expected = {"theta": ((), outputs), "v0": ((), outputs)}
+    expected |= {"w": (None,), "b": (None,)} if layer.kind == "pool" else {}
+    expected = {"w": (kernel.get(layer.kind),), "b": (outputs,)} | expected
+    for name, shapes in expected.items():
+        array = getattr(layer, name)
+        found = None if array is None else array.shape
+        if found not in shapes or (found is not None and array.dtype != np.int32):
+            dtype = "" if array is None else f" {array.dtype}"
+            raise ValueError(f"array {i}.{name}: {found}{dtype}, expected {shapes[-1]} int32")
+    if layer.theta.min() < 1:
+        raise ValueError(f"array {i}.theta: {layer.theta.min()}, expected at least 1")
+
+
+def save_model(path, params, state, meta):
+    """Write a checkpoint: parameters, optimiser state, and `meta`, anything JSON can hold."""
+    arrays = {f"params/{key}": to_host(a) for key, a in params.items()}
+    arrays |= {f"state/{key}": to_host(a) for key, a in state.items()}
+    text = json.dumps(meta)
+    write_file(path, lambda f: np.savez(f, format=MODEL_FORMAT, meta=text, **arrays))
+
+
+def load_model(path):
+    """Read a checkpoint; return params, state, meta. Raises ValueError, with its name."""
+    arrays = read_npz(path, MODEL_FORMAT)
+    try:
+        meta = json.loads(str(arrays.pop("meta")))
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint: {error}") from None
+    named = {"params": {}, "state": {}}
+    for key, array in arrays.items():
+        part, _, name = key.partition("/")
+        named.get(part, {})[name] = array
+    return named["params"], named["state"], meta
+
+
+class DataSet(NamedTuple):
+    """Where a data set's files lie under the data folder, and what they hold."""
+
+    folder: str
+    train: tuple  # names of the files of training images: (images, labels) for IDX
+    test: tuple
+    classes: int
+    archive: str | None  # the official archive that may lie in the data folder instead
+    label_bytes: int  # CIFAR records: label bytes before the pixels, the last one counts
+    source: str
+
+
+def _idx(folder, source):
+    train, test = (
+        tuple(f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+        for part in ("train", "t10k")
+    )
+    return DataSet(folder, train, test, 10, None, 0, source)
+
+
+_BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
+_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html, the binary version"
+DATASETS = {
+    "digits": _idx("digits", "the project's folder data/digits"),
+    "mnist": _idx("mnist", "the MNIST database, four .gz files"),
+    "fashion-mnist": _idx("fashion-mnist", "github.com/zalandoresearch/fashion-mnist"),
+    "cifar10": DataSet(
+        *("cifar-10-batches-bin", _BATCHES, ("test_batch.bin",), 10),
+        *("cifar-10-binary.tar.gz", 1, _CIFAR),
+    ),
+    "cifar100": DataSet(
+        *("cifar-100-binary", ("train.bin",), ("test.bin",), 100),
+        *("cifar-100-binary.tar.gz", 2, _CIFAR),
+    ),
+}
+
+
+def read_data_file(data_dir, dataset, name):
+    """Return where a data set's file was found, plain, as .gz or in the archive, and its bytes."""
+    plain = Path(data_dir) / dataset.folder / name
+    zipped = plain.with_name(f"{name}.gz")
+    archive = Path(data_dir) / dataset.archive if dataset.archive else zipped
+    try:
+        if plain.exists():
+            return plain, plain.read_bytes()
+        if zipped.exists():
+            return zipped, gzip.decompress(zipped.read_bytes())
+        if dataset.archive and archive.exists():
+            with tarfile.open(archive) as members:
+                return archive, members.extractfile(f"{dataset.folder}/{name}").read()
+    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
+        raise ValueError(f"{archive if dataset.archive else plain}: damaged ({error})") from None
+    raise FileNotFoundError(
+        f"{plain}: not found, nor {archive}; expected the files {', '.join(dataset.train + dataset.test)} "
+        f"in {plain.parent}, from {dataset.source}"
+    )
+
+
+def parse_idx(where, data, axes):
+    """Return the uint8 array of an IDX file: 0, 0, 8, number of axes, then sizes, then bytes."""
+    shape = tuple(int(n) for n in np.frombuffer(data[4 : 4 + 4 * axes], ">u4"))
+    if data[:4] != bytes((0, 0, 8, axes)) or len(shape) != axes:
+        raise ValueError(f"{where}: starts with {data[:4].hex()}, expected 0000080{axes} (IDX)")
+    if len(data) != 4 + 4 * axes + math.prod(shape):
+        raise ValueError(f"{where}: {len(data)} bytes, expected {'x'.join(map(str, shape))} values")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def parse_cifar(where, data, label_bytes):
+    """Return images (N, 32, 32, 3) and labels (N,) of CIFAR's binary version."""
+    record = label_bytes + 3072
+    if len(data) % record or not data:
+        raise ValueError(f"{where}: {len(data)} bytes, expected whole {record:,}-byte records")
+    rows = np.frombuffer(data, np.uint8).reshape(-1, record)
+    images = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), rows[:, label_bytes - 1]
+
+
+def load_dataset(name, data_dir="data"):
+    """Return (images, labels) to train and to test: uint8 (N, H, W, C), int64 (N,).
+
+    Raises FileNotFoundError naming what was looked for, ValueError for damaged files.
+    """
+    check_choice("dataset", name, DATASETS)
+    dataset, parts = DATASETS[name], []
+    for files in (dataset.train, dataset.test):
+        found = [read_data_file(data_dir, dataset, file) for file in files]
+        if dataset.label_bytes:
+            batches = [parse_cifar(*item, dataset.label_bytes) for item in found]
+            images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        else:
+            images = parse_idx(*found[0], 3)[..., None]
+            labels = parse_idx(*found[1], 1)
+        if len(images) != len(labels) or labels.max() >= dataset.classes:
+            raise ValueError(
+                f"{found[-1][0]}: {len(labels)} labels up to {labels.max()}, expected "
+                f"{len(images)} below {dataset.classes}"
+            )
+        parts.append((images, labels.astype(np.int64)))
+    return tuple(parts)
