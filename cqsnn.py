@@ -1056,6 +1056,18 @@ def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spike
     return SpikingNetwork(steps, tuple(shape), classes, weight_bits, unit, encoding, layers)
 
 
+def scales(net, params, snn):
+    """Return [S, max|W|] of each layer, W folded and float; S is one of all channels' smallest.
+    A pooling, which needs no scale, has None."""
+    folded = fold(net, params, snn.input_shape)
+    rows = []
+    for i, (layer, wb) in enumerate(zip(snn.layers, folded)):
+        unit = snn.unit * (255 if i == 0 and snn.encoding == "direct" else 1)
+        row = None if wb is None else [int(layer.theta.min()) // unit, float(abs(wb[0]).max())]
+        rows.append(row)
+    return rows
+
+
 # ------------------------------------------------------------------------------------------
 # 6  Simulation: integrate and fire, in whole numbers
 # ------------------------------------------------------------------------------------------
