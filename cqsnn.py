@@ -35,9 +35,11 @@ Parameters, gradients and optimiser state are flat dicts, keys "i.name" for laye
 
 import functools
 import gzip
+import itertools
 import json
 import math
 import os
+import re
 import sys
 import tarfile
 import time
@@ -53,12 +55,11 @@ import threadpoolctl
 
 __version__ = "0.1.0"
 
-# ------------------------------------------------------------------------------------------
-# 1  Arrays
-# ------------------------------------------------------------------------------------------
+# 1  Arrays ----------------------------------------------------------------------------------------
 
 SHARDS = 8  # parts of a batch: fixed, so that the number of threads changes no bit
 SMALLEST_SHARD = 8  # images; a small batch has fewer shards
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def array_module(x):
@@ -76,32 +77,19 @@ def shards(n):
     """Split n images into at most SHARDS slices whose bounds depend on n alone."""
     parts = max(1, min(SHARDS, n // SMALLEST_SHARD))
     edges = [n * i // parts for i in range(parts + 1)]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
-@functools.cache
-def _workers(threads):
-    return ThreadPoolExecutor(threads, thread_name_prefix="cqsnn")
-
-
-@functools.cache
-def _blas():
-    return threadpoolctl.ThreadpoolController()
-
-
-def available_threads():
-    """Return the number of processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+_workers = functools.cache(ThreadPoolExecutor)  # both made when first needed
+_blas = functools.cache(threadpoolctl.ThreadpoolController)
 
 
 def over_shards(f, *lists, threads=None):
     """Return [f(*items) for items in zip(*lists)], several at once on a CPU.
-
     NumPy and BLAS let go of the interpreter lock, so plain threads share the work. BLAS keeps
-    to one thread for each of ours: its own splitting would change the bits.
-    """
-    items = list(zip(*lists, strict=True))
-    threads = threads or available_threads()
+    to one thread for each of ours: its own splitting would change the bits."""
+    items = list(zip(*lists))
+    threads = threads or CORES
     with _blas().limit(limits=1, user_api="blas"):
         if threads == 1 or len(items) == 1 or array_module(lists[0][0]) is not np:
             return [f(*item) for item in items]
@@ -114,16 +102,10 @@ def sum_over_shards(parts):
 
 
 def exact_dtype(bound):
-    """Return the float type in which every sum of whole numbers up to `bound` is exact.
-
-    Raises ValueError where none is (DESIGN 3.5): from 2**53.
-    """
-    for dtype, end in ((np.float32, 2**24), (np.float64, 2**53)):
-        if bound < end:
-            return dtype
-    raise ValueError(
-        f"sums of up to {bound}, expected less than 2**53: no float holds them exactly"
-    )
+    """Return the float type in which every sum of whole numbers up to `bound` is exact."""
+    if bound >= 2**53:
+        raise ValueError(f"sums reach {bound}, expected less than 2**53: no float holds them")
+    return np.float32 if bound < 2**24 else np.float64
 
 
 def integer_dtype(bound):
@@ -147,9 +129,7 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name}: {value!r}, expected one of {', '.join(choices)}")
 
 
-# ------------------------------------------------------------------------------------------
-# 2  Layers: pure functions, y, cache = f(x, ...) and dx, grads = f_backward(dy, cache)
-# ------------------------------------------------------------------------------------------
+# 2  Layers: pure functions, y, cache = f(x, ...) and dx, grads = f_backward(dy, cache) ------------
 
 BATCH_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.1
@@ -168,9 +148,7 @@ def pad_borders(x, pad):
 
 def windows(x, size, stride):
     """View x (N, H, W, C) as its kernel windows (N, Ho, Wo, K, K*C); nothing is copied.
-
-    The columns and channels of a window lie next to each other in memory: one axis.
-    """
+    The columns and channels of a window lie next to each other in memory: one axis."""
     n, height, width, channels = x.shape
     image, row, column, channel = x.strides
     assert channel == x.itemsize and column == channels * channel
@@ -190,68 +168,54 @@ def shifted(x, size, stride):
             yield k, m, x[:, k : k + rows : stride, m : m + columns : stride]
 
 
-def images_in_block(x, rows_per_image):
-    """Images worked at once: about 1,024 rows of im2col stay in a core's cache."""
-    rows = 1024 if array_module(x) is np else 2**18
-    return max(1, rows // rows_per_image)
+def column_blocks(x, size, stride, pad, dtype):
+    """Yield im2col of x, a block of images at a time: (slice of images, rows (n*Ho*Wo, K*K*C)).
+    About 1,024 rows stay in a core's cache. The rows are overwritten by the next block."""
+    xp, view = array_module(x), windows(pad_borders(x, pad), size, stride)
+    n, height, width = view.shape[:3]
+    block = min(n, max(1, (1024 if xp is np else 2**18) // (height * width)))
+    cols = xp.empty((block, *view.shape[1:]), dtype)
+    for start in range(0, n, block):
+        part = view[start : start + block]
+        cols[: len(part)] = part
+        yield slice(start, start + len(part)), cols[: len(part)].reshape(-1, size * view.shape[4])
 
 
 def conv(x, w, stride, pad):
     """Convolve: z[n,i,j,o] = sum_klc x[n, i*stride+k-pad, j*stride+l-pad, c] w[k,l,c,o].
-
-    im2col, a block of images at a time, then one matrix product. x (N, H, W, C) of any real
-    type is carried in the type of w (K, K, C, O). Returns z (N, Ho, Wo, O), cache.
-    """
-    xp = array_module(x)
-    size, _, _, outputs = w.shape
-    view = windows(pad_borders(x, pad), size, stride)
-    n, height, width = view.shape[:3]
-    block = min(n, images_in_block(x, height * width))
-    z = xp.empty((n, height, width, outputs), w.dtype)
-    cols = xp.empty((block, *view.shape[1:]), w.dtype)
-    matrix = w.reshape(-1, outputs)
-    for start in range(0, n, block):
-        part = view[start : start + block]
-        cols[: len(part)] = part
-        rows = cols[: len(part)].reshape(-1, len(matrix))  # (n*Ho*Wo, K*K*C)
-        xp.matmul(rows, matrix, out=z[start : start + block].reshape(-1, outputs))
+    im2col, then one matrix product. x (N, H, W, C) of any real type is carried in the type of
+    w (K, K, C, O). Returns z (N, Ho, Wo, O), cache."""
+    xp, size, outputs = array_module(x), len(w), w.shape[-1]
+    height, width = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
+    z = xp.empty((len(x), height, width, outputs), w.dtype)
+    for images, rows in column_blocks(x, size, stride, pad, w.dtype):
+        xp.matmul(rows, w.reshape(-1, outputs), out=z[images].reshape(-1, outputs))
     return z, (x, w, stride, pad)
 
 
 def conv_backward(dz, cache, input_gradient=True):
     """dw = cols' dz;  dx adds each column of dz w' back to the pixel it came from.
-
-    Returns dx (None unless input_gradient), {"w": dw}.
-    """
+    Returns dx (None unless input_gradient), {"w": dw}."""
     x, w, stride, pad = cache
-    xp = array_module(x)
-    size, _, channels, outputs = w.shape
-    view = windows(pad_borders(x, pad), size, stride)
-    n, height, width = view.shape[:3]
-    block = min(n, images_in_block(x, height * width))
+    xp, size, channels, outputs = array_module(x), len(w), w.shape[2], w.shape[3]
+    n, height, width, _ = x.shape
     matrix = xp.ascontiguousarray(w.reshape(-1, outputs).T)  # (O, K*K*C)
     dw = xp.zeros((matrix.shape[1], outputs), w.dtype)
-    dx = xp.zeros((n, x.shape[1] + 2 * pad, x.shape[2] + 2 * pad, channels), w.dtype)
-    cols = xp.empty((block, *view.shape[1:]), w.dtype)
-    for start in range(0, n, block):
-        part = view[start : start + block]
-        cols[: len(part)] = part
-        rows = cols[: len(part)].reshape(-1, len(dw))
-        drows = dz[start : start + block].reshape(-1, outputs)
+    dx = xp.zeros((n, height + 2 * pad, width + 2 * pad, channels), w.dtype)
+    for images, rows in column_blocks(x, size, stride, pad, w.dtype):
+        drows = dz[images].reshape(-1, outputs)
         dw += rows.T @ drows
         if input_gradient:
-            dcols = (drows @ matrix).reshape(len(part), height, width, size, size, channels)
-            for k, m, pixels in shifted(dx[start : start + block], size, stride):
+            dcols = (drows @ matrix).reshape(*dz[images].shape[:3], size, size, channels)
+            for k, m, pixels in shifted(dx[images], size, stride):
                 pixels += dcols[:, :, :, k, m]
-    dx = dx[:, pad : dx.shape[1] - pad, pad : dx.shape[2] - pad] if input_gradient else None
+    dx = dx[:, pad : pad + height, pad : pad + width] if input_gradient else None
     return dx, {"w": dw.reshape(w.shape)}
 
 
 def depthwise(x, w, stride, pad):
     """Convolve each channel by itself: z[n,i,j,c] = sum_kl x[n, i*stride+k-pad, ..., c] w[k,l,c].
-
-    Returns z (N, Ho, Wo, C) in the type of w (K, K, C), cache.
-    """
+    Returns z (N, Ho, Wo, C) in the type of w (K, K, C), cache."""
     z = 0
     for k, m, pixels in shifted(pad_borders(x, pad), len(w), stride):
         z = z + pixels * w[k, m]
@@ -261,13 +225,10 @@ def depthwise(x, w, stride, pad):
 def depthwise_backward(dz, cache):
     """dw[k,l] = sum of dz times the pixels met; dx adds dz w[k,l] to those pixels."""
     x, w, stride, pad = cache
-    xp = array_module(x)
-    wide = pad_borders(x, pad)
-    dw = xp.zeros_like(w)
-    dx = xp.zeros(wide.shape, w.dtype)
-    for (k, m, pixels), (_, _, dpixels) in zip(
-        shifted(wide, len(w), stride), shifted(dx, len(w), stride), strict=True
-    ):
+    x, dw = pad_borders(x, pad), array_module(x).zeros_like(w)
+    dx = array_module(x).zeros(x.shape, w.dtype)
+    pairs = zip(shifted(x, len(w), stride), shifted(dx, len(w), stride))
+    for (k, m, pixels), (_, _, dpixels) in pairs:
         dw[k, m] = (dz * pixels).sum((0, 1, 2))
         dpixels += dz * w[k, m]
     return dx[:, pad : dx.shape[1] - pad, pad : dx.shape[2] - pad], {"w": dw}
@@ -275,9 +236,7 @@ def depthwise_backward(dz, cache):
 
 def sum_pool(x, size, dtype):
     """Add up K x K squares side by side; odd rows and columns are dropped.
-
-    Average pooling is this over K*K: as a sum it stays a whole number. z (N, H//K, W//K, C).
-    """
+    Average pooling is this over K*K: as a sum it stays a whole number. z (N, H//K, W//K, C)."""
     z = 0
     for _, _, pixels in shifted(x, size, size):
         z = z + pixels.astype(dtype, copy=False)
@@ -306,9 +265,7 @@ def dense_backward(dz, cache):
 
 def moments(z):
     """Return the number of rows of a shard z (..., C), their mean and summed squared deviation.
-
-    Two passes in the type of z, closed in float64: nothing cancels for a large mean.
-    """
+    Two passes in the type of z, closed in float64: nothing cancels for a large mean."""
     xp = array_module(z)
     rows = z.reshape(len(z), -1, z.shape[-1])
     ones = xp.ones(rows.shape[1], z.dtype)  # a sum as a product is five times faster
@@ -321,20 +278,18 @@ def moments(z):
 
 def batch_moments(zs, threads=None):
     """Return count, mean and variance (population) of all shards together, in shard order."""
-    parts = over_shards(moments, zs, threads=threads)
-    count = sum(n for n, _, _ in parts)
-    mean = sum_over_shards([n * m for n, m, _ in parts]) / count
-    spread = sum_over_shards([s + n * (m - mean) ** 2 for n, m, s in parts])
-    return count, mean, spread / count
+    counts, means, spreads = zip(*over_shards(moments, zs, threads=threads))
+    count = sum(counts)
+    mean = sum_over_shards([n * m for n, m in zip(counts, means)]) / count
+    offsets = (n * (m - mean) ** 2 for n, m in zip(counts, means))
+    return count, mean, sum_over_shards([*spreads, *offsets]) / count
 
 
 def batch_norm(zs, gamma, beta, mean, var, training, threads=None):
     """u = gamma (z - mean) / sqrt(var + eps) + beta, for all shards of a batch.
-
     The one layer in which images meet, so it takes the list of shards. Training uses the
     batch's own mean and variance and moves the running ones in place by the momentum, the
-    variance unbiased (as PyTorch does); otherwise the running ones are used.
-    """
+    variance unbiased (as PyTorch does); otherwise the running ones are used."""
     if training:
         count, batch_mean, batch_var = batch_moments(zs, threads)
         for running, now in ((mean, batch_mean), (var, batch_var * count / max(count - 1, 1))):
@@ -357,8 +312,7 @@ def batch_norm(zs, gamma, beta, mean, var, training, threads=None):
 def batch_norm_backward(dus, cache, threads=None):
     """With x = (z - mean) / sqrt(var + eps): dbeta = sum du, dgamma = sum du x, and
     dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without the last two
-    terms where the running mean and variance were used. du is overwritten: in place.
-    """
+    terms where the running mean and variance were used. du is overwritten: in place."""
     zs, mean, inverse, gamma, training = cache
     xp = array_module(mean)
 
@@ -389,12 +343,10 @@ ACTIVATIONS = ("relu", "clamp", "quantize")  # in the order of the stages
 
 def activate(u, activation, levels=None, shift=0.0):
     """The activation a of u, and where it lets gradients pass (bool, the shape of u).
-
     "relu"      a = max(u, 0)
     "clamp"     a = clamp(u, 0, 1)
     "quantize"  the whole level k = L a = floor(L clamp(u, 0, 1) + shift)   (Algorithm 1)
-    The paper's CQ has shift 0; 1/2 rounds without bias (QCFS). L and shift are of "quantize".
-    """
+    The paper's CQ has shift 0; 1/2 rounds without bias (QCFS). L and shift are of "quantize"."""
     xp = array_module(u)
     if activation == "relu":
         return xp.maximum(u, 0), u > 0
@@ -415,39 +367,32 @@ def activate_backward(da, inside):
 
 def dropout(a, rate, seed):
     """Set a fraction `rate` of a to zero and divide the rest by 1 - rate; in place."""
-    xp = array_module(a)
-    kept = xp.random.default_rng(seed).random(a.shape, dtype=np.float32) >= rate
+    kept = array_module(a).random.default_rng(seed).random(a.shape, dtype=np.float32) >= rate
+    kept = (kept / (1 - rate)).astype(a.dtype)
     a *= kept
-    a /= 1 - rate
-    return a, (kept, rate)
+    return a, kept
 
 
-def dropout_backward(da, cache):
+def dropout_backward(da, kept):
     """What was kept passes, divided by 1 - rate; in place."""
-    kept, rate = cache
     da *= kept
-    da /= 1 - rate
     return da, {}
 
 
 def cross_entropy(logits, labels, smoothing=0.0):
     """Mean over images of -sum_c q_c log softmax(logits)_c, and its derivative by the logits.
-
     q is 1 - smoothing at the label plus smoothing / classes everywhere.
-    Returns the loss (0-d array) and dlogits = (softmax - q) / N.
-    """
+    Returns the loss (0-d array) and dlogits = (softmax - q) / N."""
     xp = array_module(logits)
     n, classes = logits.shape
-    shifted_logits = logits - logits.max(1, keepdims=True)
-    log_softmax = shifted_logits - xp.log(xp.exp(shifted_logits).sum(1, keepdims=True))
+    below_top = logits - logits.max(1, keepdims=True)
+    log_softmax = below_top - xp.log(xp.exp(below_top).sum(1, keepdims=True))
     q = xp.full(logits.shape, smoothing / classes, logits.dtype)
     q[xp.arange(n), labels] += 1 - smoothing
     return -(q * log_softmax).sum() / n, (xp.exp(log_softmax) - q) / n
 
 
-# ------------------------------------------------------------------------------------------
-# 3  Networks: one description for each layer that has neurons
-# ------------------------------------------------------------------------------------------
+# 3  Networks: one description for each layer that has neurons -------------------------------------
 
 
 @dataclass(frozen=True)
@@ -492,35 +437,29 @@ class Dense:
     norm = property(lambda self: self.units is not None)
 
 
-A = AvgPool()
+def network(text):
+    """Read a network in the words of DESIGN 4: nCk, with sS and pP where stride or pad is not 1;
+    A average and T trainable pooling; FC the last layer, GFC on the mean over positions."""
+    words = {"A": AvgPool(), "T": Depthwise(), "FC": Dense(), "GFC": Dense(mean=True)}
+    layers = []
+    for word in text.split("-"):
+        kernel = re.fullmatch(r"(\d+)C(\d+)(?:s(\d+))?(?:p(\d+))?", word)
+        layers.append(Conv(*(int(n or 1) for n in kernel.groups())) if kernel else words[word])
+    return tuple(layers)
 
 
-def _vgg(*channels, pool=A):
-    return (*(pool if c == "A" else Conv(c) for c in channels), Dense())
-
-
-_VGG19 = (64, 64, "A", 128, 128, "A", *4 * (256,), "A", *4 * (512,), "A", *4 * (512,), "A")
-
+_VGG16 = "64C3-64C3-A-128C3-128C3-A" + "-256C3" * 3 + ("-A" + "-512C3" * 3) * 2 + "-A-FC"
+_VGG19 = "64C3-64C3-A-128C3-128C3-A" + "-256C3" * 4 + ("-A" + "-512C3" * 4) * 2 + "-A-FC"
 NETWORKS = {
-    "digits": (Conv(32), A, Conv(64), A, Dense()),
-    "lenet*": (
-        *(Conv(32, pad=0), Conv(32, pad=0), Conv(32, 4, 2, 1)),
-        *(Conv(64, pad=0), Conv(64, pad=0), Conv(64, 4, 2, 1)),
-        *(Conv(128, pad=0), Dense()),
-    ),
-    "vgg*": (
-        *(Conv(128), Conv(128), A, Conv(256), Conv(256), A, Conv(512), Conv(512), A),
-        *(Conv(1024, pad=0), A, Dense()),
-    ),
-    "allconv": (
-        *(Conv(32), Conv(64, 4, 2, 1), Conv(64), Conv(256, 4, 2, 1), Conv(256)),
-        *(Conv(256, 4, 2, 1), Conv(256), Dense(mean=True)),
-    ),
-    "vgg11": _vgg(64, "A", 128, "A", 256, 256, "A", 512, 512, "A", 512, 512, "A"),
-    "vgg13": _vgg(*(64, 64, "A", 128, 128, "A", 256, 256, "A"), *2 * (512, 512, "A")),
-    "vgg16": _vgg(*(64, 64, "A", 128, 128, "A", *3 * (256,), "A"), *2 * (512, 512, 512, "A")),
-    "vgg19": _vgg(*_VGG19),
-    "vgg19-tp": _vgg(*_VGG19, pool=Depthwise()),
+    "digits": network("32C3-A-64C3-A-FC"),
+    "lenet*": network("32C3p0-32C3p0-32C4s2-64C3p0-64C3p0-64C4s2-128C3p0-FC"),
+    "vgg*": network("128C3-128C3-A-256C3-256C3-A-512C3-512C3-A-1024C3p0-A-FC"),
+    "allconv": network("32C3-64C4s2-64C3-256C4s2-256C3-256C4s2-256C3-GFC"),
+    "vgg11": network("64C3-A-128C3-A-256C3-256C3-A" + "-512C3-512C3-A" * 2 + "-FC"),
+    "vgg13": network("64C3-64C3-A-128C3-128C3-A-256C3-256C3-A" + "-512C3-512C3-A" * 2 + "-FC"),
+    "vgg16": network(_VGG16),
+    "vgg19": network(_VGG19),
+    "vgg19-tp": network(_VGG19.replace("A", "T")),
 }
 
 
@@ -531,9 +470,7 @@ def with_dropout(net, rate):
 
 def output_shapes(net, shape, classes):
     """Return the shape of each layer's output, (H, W, O) or (O,), for images of `shape`.
-
-    Raises ValueError naming the layer and the size there where the network cannot take it.
-    """
+    Raises ValueError naming the layer and the size there where the network cannot take it."""
     shapes = []
     for i, layer in enumerate(net):
         if layer.kind == "dense":
@@ -541,11 +478,9 @@ def output_shapes(net, shape, classes):
         else:
             size = [n + 2 * layer.pad for n in shape[:2]] if len(shape) == 3 else [0, 0]
             if min(size) < layer.size:
-                raise ValueError(
-                    f"layer {i} ({layer.kind} {layer.size}x{layer.size}): its input is "
-                    f"{'x'.join(map(str, shape[:-1])) or 'flat'}, padded by {layer.pad}; "
-                    f"expected at least {layer.size}x{layer.size}"
-                )
+                found, kernel = "x".join(map(str, shape[:-1])), f"{layer.size}x{layer.size}"
+                where = f"layer {i} ({layer.kind} {kernel}): input {found or 'flat'}"
+                raise ValueError(f"{where}, padded by {layer.pad}; expected at least {kernel}")
             channels = layer.channels if layer.kind == "conv" else shape[2]
             shape = (*((n - layer.size) // layer.stride + 1 for n in size), channels)
         shapes.append(shape)
@@ -554,10 +489,8 @@ def output_shapes(net, shape, classes):
 
 def init_params(net, shape, classes, rng):
     """Return float32 parameters for images of `shape` (H, W, C), drawn from the Generator rng.
-
     Weights are normal with variance 2 / fan-in (1 / fan-in for the last layer), a trainable
-    pooling starts as the mean, batch normalisation as the identity with zero shift.
-    """
+    pooling starts as the mean, batch normalisation as the identity with zero shift."""
     params, outputs = {}, output_shapes(net, shape, classes)
     for i, (layer, before, out) in enumerate(zip(net, [shape, *outputs], outputs)):
         if layer.kind == "pool":
@@ -565,10 +498,9 @@ def init_params(net, shape, classes, rng):
         if layer.kind == "depthwise":
             w = np.full((layer.size, layer.size, before[-1]), 1 / layer.size**2)
         else:
-            whole = (layer.size, layer.size, before[-1]), (math.prod(before),)
-            fan_in = whole[layer.kind == "dense"]
-            if layer.kind == "dense" and layer.mean:
-                fan_in = before[-1:]
+            fan_in = (layer.size, layer.size, before[-1])
+            if layer.kind == "dense":
+                fan_in = before[-1:] if layer.mean else (math.prod(before),)
             variance = (2 if layer.norm else 1) / math.prod(fan_in)
             w = rng.normal(0, math.sqrt(variance), (*fan_in, out[-1]))
         params[f"{i}.w"] = w.astype(np.float32)
@@ -580,9 +512,7 @@ def init_params(net, shape, classes, rng):
 
 def linear(layer, x, w):
     """Apply the weighted sum of a layer (of a CNN or a converted one) to x, without its bias.
-
-    The type of w carries the sum; a pooling, whose weights are 1, gets any array of that type.
-    """
+    The type of w carries the sum; a pooling, whose weights are 1, gets any array of that type."""
     if layer.kind == "conv":
         return conv(x, w, layer.stride, layer.pad)
     if layer.kind == "depthwise":
@@ -594,12 +524,9 @@ def linear_backward(layer, dz, cache, input_gradient=True):
     """Return dx and {"w": dw} of `linear`."""
     if layer.kind == "conv":
         return conv_backward(dz, cache, input_gradient)
-    backwards = {
-        "depthwise": depthwise_backward,
-        "pool": sum_pool_backward,
-        "dense": dense_backward,
-    }
-    return backwards[layer.kind](dz, cache)
+    if layer.kind == "depthwise":
+        return depthwise_backward(dz, cache)
+    return (sum_pool_backward if layer.kind == "pool" else dense_backward)(dz, cache)
 
 
 def every_position(layer, w, shape):
@@ -624,10 +551,8 @@ class LayerTape(NamedTuple):
 
 def forward(net, params, x, activation="clamp", levels=None, shift=0.0, rng=None, threads=None):
     """Run the CNN on x (N, H, W, C), floats in [0, 1]; return logits (N, classes) and a tape.
-
     activation is "relu", "clamp" or "quantize" (with levels L and shift 0 or 1/2). A Generator
-    rng means training: dropout, and batch statistics, which move i.mean and i.var in place.
-    """
+    rng means training: dropout, and batch statistics, which move i.mean and i.var in place."""
     check_choice("activation", activation, ACTIVATIONS)
     if (activation == "quantize") != (levels is not None):
         raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
@@ -707,9 +632,7 @@ def _backward_linear(layer, w, entry, das, input_gradient, over):
     return dxs, dw
 
 
-# ------------------------------------------------------------------------------------------
-# 4  Training
-# ------------------------------------------------------------------------------------------
+# 4  Training --------------------------------------------------------------------------------------
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al., 2024
 NORM_RATE, DENSE_RATE, DENSE_DECAY = 0.23, 1.15, 1e-3  # beside Muon's own rate
@@ -717,9 +640,7 @@ NORM_RATE, DENSE_RATE, DENSE_DECAY = 0.23, 1.15, 1e-3  # beside Muon's own rate
 
 def adam(params, grads, state, rate, beta1=0.9, beta2=0.999, eps=1e-8):
     """One step of Adam (Kingma and Ba, 2015), the paper's optimiser; params, state in place.
-
-    state is {} at first; it gets the step number and both moments, "m.i.name", "v.i.name".
-    """
+    state is {} at first; it gets the step number and both moments, "m.i.name", "v.i.name"."""
     step = state.setdefault("step", np.zeros((), np.int64))
     step += 1
     correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
@@ -746,11 +667,9 @@ def orthogonalise(g):
 
 def muon(params, grads, state, rate, momentum=0.6, others_momentum=0.85):
     """One step of Muon on convolution weights, of Nesterov SGD on the rest; in place.
-
     Convolution weights W, as a matrix (O, K*K*C), are scaled to the norm sqrt(O), which the
     batch normalisation behind them hides, and move by `rate` times the orthogonalised
-    gradient. state is {} at first; it gets the momenta, "m.i.name".
-    """
+    gradient. state is {} at first; it gets the momenta, "m.i.name"."""
     for key, g in grads.items():
         xp = array_module(g)
         w, keep = params[key], momentum if g.ndim == 4 else others_momentum
@@ -807,11 +726,8 @@ class Recipe:
 
     def stage_of(self, epoch):
         """Return (activation, epochs done in the stage, epochs of the stage) of a run's epoch."""
-        for activation, epochs in self.stages:
-            if epoch < epochs:
-                return activation, epoch, epochs
-            epoch -= epochs
-        raise ValueError(f"epoch {epoch} past the end of the stages {self.stages}")
+        every = [(name, done, n) for name, n in self.stages for done in range(n)]
+        return every[epoch]
 
     def how(self, activation):
         """Return what `forward` takes for a stage: activation, levels, shift."""
@@ -847,20 +763,16 @@ def encode(pixels, steps):
 
 def network_input(pixels, steps, encoding):
     """Return pixels (uint8) as the CNN sees them, float32 in [0, 1]: what the SNN will get.
-
-    Encoding "spikes": floor(p * T / 255) / T. "direct": p / 255.
-    """
+    Encoding "spikes": floor(p * T / 255) / T. "direct": p / 255."""
     counts = encode(pixels, steps) if encoding == "spikes" else pixels
     return counts.astype(np.float32) / (steps if encoding == "spikes" else 255)
 
 
 def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progress, threads=None):
     """Train for the run's epoch number `epoch` (from 0); params and optimiser state in place.
-
     images (N, H, W, C) uint8, labels (N,). All randomness comes from seed and epoch, so that
     an epoch can be run again to the same bits. progress(n) is told of every n images done.
-    Returns mean loss and accuracy. Raises FloatingPointError where the loss is not finite.
-    """
+    Returns mean loss and accuracy. Raises FloatingPointError where the loss is not finite."""
     xp, n = array_module(images), len(images)
     rng = np.random.default_rng([seed, epoch])
     activation, epochs_done, epochs = recipe.stage_of(epoch)
@@ -895,9 +807,7 @@ def accuracy(net, params, images, labels, recipe, activation, batch=250, threads
     return correct / len(images)
 
 
-# ------------------------------------------------------------------------------------------
-# 5  Conversion: a trained CNN becomes whole numbers
-# ------------------------------------------------------------------------------------------
+# 5  Conversion: a trained CNN becomes whole numbers -----------------------------------------------
 
 
 LAYER_ARRAYS = ("w", "b", "theta", "v0")
@@ -906,10 +816,8 @@ LAYER_ARRAYS = ("w", "b", "theta", "v0")
 @dataclass(frozen=True, eq=False)
 class SpikingLayer:
     """One layer as the SNN file stores it; its current is w . s + b and nothing else.
-
     w int32 (conv (K, K, C, O), depthwise (K, K, C), dense (in, O)) and b int32 (O,) are None
-    for a pooling; theta and v0 int32, scalar or (O,). A layer that does not fire is the last.
-    """
+    for a pooling; theta and v0 int32, scalar or (O,). A layer that does not fire is the last."""
 
     kind: str
     size: int
@@ -948,10 +856,8 @@ class SpikingNetwork:
 
 def fold(net, params, shape):
     """Return each layer's float64 weights and bias with batch normalisation folded in.
-
     W = w gamma / sqrt(var + eps), B = beta - mean gamma / sqrt(var + eps); a pooling is None.
-    A layer that reads the mean over positions becomes one with W / (H*W) at each of them.
-    """
+    A layer that reads the mean over positions becomes one with W / (H*W) at each of them."""
     folded, names = [], ("w", "b", "gamma", "beta", "mean", "var")
     shapes = [shape, *output_shapes(net, shape, len(params[f"{len(net) - 1}.b"]))]
     for i, (layer, before) in enumerate(zip(net, shapes)):
@@ -967,35 +873,26 @@ def fold(net, params, shape):
 
 
 def weight_scale(w, bits, where):
-    """Return S = floor((2**(bits - 1) - 1) / max|w|), w as a whole or an array for each channel.
-
-    All-zero weights take 2**(bits - 1) - 1. Raises ValueError where S would be 0.
-    """
+    """Return S = floor((2**(bits - 1) - 1) / max|w|), one for the layer.
+    All-zero weights take 2**(bits - 1) - 1. Raises ValueError where S would be 0."""
     largest = np.abs(w).max(axis=tuple(range(w.ndim - 1)))
     worst, top = int(largest.argmax()), 2 ** (bits - 1) - 1
-    if not np.isfinite(largest).all():
-        raise ValueError(f"{where}: weights are not finite, expected numbers")
-    scale = math.floor(top / largest[worst]) if largest[worst] > 0 else top
+    peak = float(largest[worst])
+    if not math.isfinite(peak):
+        raise ValueError(f"{where}: channel {worst} has the weight {peak}, expected finite ones")
+    scale = math.floor(top / peak) if peak > 0 else top
+    found = f"{where}: channel {worst} has the outsize weight {peak:.4g}"
     if scale < 1:
-        raise ValueError(
-            f"{where}: the largest weight is {largest[worst]:.4g} (channel {worst}), "
-            f"expected at most {top} for {bits} bits"
-        )
+        raise ValueError(f"{found}, expected at most {top} for {bits} bits")
     if scale < 2 ** (bits - 1) / 16:
-        warnings.warn(
-            f"{where}: channel {worst} has the outsize weight {largest[worst]:.4g}, which leaves "
-            f"the others few of the {bits} bits (S = {scale})",
-            stacklevel=3,
-        )
+        warnings.warn(f"{found}, which leaves others few of {bits} bits: S = {scale}", stacklevel=3)
     return scale
 
 
 def integer_layer(layer, folded, scale, shift, unit, whole, fires):
     """Return a layer in whole numbers (int64), its input in units of 1/whole:
-
     w = F rint(W S), b = rint(B S F whole), theta = S F whole, v0 = rint(shift theta); a pooling
-    has weights 1 and theta = K*K whole.
-    """
+    has weights 1 and theta = K*K whole."""
     w = b = None
     theta = layer.size**2 * whole
     if folded is not None:
@@ -1009,24 +906,20 @@ def integer_layer(layer, folded, scale, shift, unit, whole, fires):
 
 def largest_sum(layer, largest_input, steps):
     """Bound every partial sum of a layer's charge: max_o(sum|w| x + |b| steps + |v0|), an int.
-
-    x is the largest value an input may have: in one step, or as its count over all of them.
-    """
+    x is the largest value an input may have: in one step, or as its count over all of them."""
     if layer.kind == "pool":
         return layer.size**2 * largest_input + int(abs(layer.v0).max())
     weights = np.abs(layer.w.astype(np.int64)).reshape(-1, layer.w.shape[-1]).sum(0)
     bias, v0 = np.abs(layer.b.astype(np.int64)), np.abs(layer.v0.astype(np.int64))
-    channels = zip(weights, bias, np.broadcast_to(v0, bias.shape), strict=True)
+    channels = zip(weights, bias, np.broadcast_to(v0, bias.shape))
     return max(int(w) * largest_input + int(b) * steps + int(v) for w, b, v in channels)
 
 
 def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spikes"):
     """Turn a trained CNN for images of `shape` into a SpikingNetwork of `weight_bits` weights.
-
     shift is that of the CQ activation; weights do not depend on steps. F is 16, or the largest
     power of two below it with which everything fits in 32 bits.
-    Raises ValueError, naming the layer, where weights do not fit. Warns of an outsize weight.
-    """
+    Raises ValueError, naming the layer, where weights do not fit. Warns of an outsize weight."""
     check_choice("encoding", encoding, ("spikes", "direct"))
     check_range("weight_bits", weight_bits, 2, 16)
     check_range("steps", steps, 1, 2**31 - 1)
@@ -1049,28 +942,25 @@ def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spike
             f"layer {too_large}: its weights are too small beside its bias and threshold 1, "
             f"which in whole numbers of {weight_bits}-bit weights pass 2**31"
         )
-    stored = [{n: getattr(f, n) for n in LAYER_ARRAYS if getattr(f, n) is not None} for f in layers]
-    stored = [{n: a.astype(np.int32) for n, a in arrays.items()} for arrays in stored]
-    layers = tuple(replace(f, **arrays) for f, arrays in zip(layers, stored))
+    layers = tuple(
+        replace(f, **{n: a.astype(np.int32) for n, a in vars(f).items() if hasattr(a, "dtype")})
+        for f in layers
+    )
     classes = len(params[f"{last}.b"])
     return SpikingNetwork(steps, tuple(shape), classes, weight_bits, unit, encoding, layers)
 
 
 def scales(net, params, snn):
-    """Return [S, max|W|] of each layer, W folded and float; S is one of all channels' smallest.
-    A pooling, which needs no scale, has None."""
-    folded = fold(net, params, snn.input_shape)
+    """Return [S, max|W|] of each layer, W folded; None for a pooling, which needs no scale."""
     rows = []
-    for i, (layer, wb) in enumerate(zip(snn.layers, folded)):
-        unit = snn.unit * (255 if i == 0 and snn.encoding == "direct" else 1)
-        row = None if wb is None else [int(layer.theta.min()) // unit, float(abs(wb[0]).max())]
-        rows.append(row)
+    for i, wb in enumerate(fold(net, params, snn.input_shape)):
+        unit = snn.unit * snn.largest_input(i)
+        scale = int(snn.layers[i].theta.min()) // unit
+        rows.append(None if wb is None else [scale, float(abs(wb[0]).max())])
     return rows
 
 
-# ------------------------------------------------------------------------------------------
-# 6  Simulation: integrate and fire, in whole numbers
-# ------------------------------------------------------------------------------------------
+# 6  Simulation: integrate and fire, in whole numbers ----------------------------------------------
 
 
 def check_input(snn, k0):
@@ -1078,14 +968,12 @@ def check_input(snn, k0):
     if k0.shape[1:] != tuple(snn.input_shape) or len(k0) == 0:
         expected = ", ".join(map(str, ("N", *snn.input_shape)))
         raise ValueError(f"input: shape {k0.shape}, expected ({expected})")
-    if snn.encoding == "direct":
-        if k0.dtype != np.uint8:
-            raise ValueError(f"input: {k0.dtype} values, expected uint8 pixels (direct encoding)")
-    elif k0.dtype.kind not in "iu" or k0.min() < 0 or k0.max() > snn.steps:
-        raise ValueError(
-            f"input: {k0.dtype} values {k0.min()} to {k0.max()}, expected counts of 0 to "
-            f"{snn.steps} spikes"
-        )
+    direct, kind = snn.encoding == "direct", k0.dtype.kind
+    if direct and k0.dtype != np.uint8:
+        raise ValueError(f"input: {k0.dtype} values, expected uint8 pixels (direct encoding)")
+    if not direct and (kind not in "iu" or k0.min() < 0 or k0.max() > snn.steps):
+        found = f"{k0.dtype} values {k0.min()} to {k0.max()}"
+        raise ValueError(f"input: {found}, expected counts of 0 to {snn.steps} spikes")
 
 
 class Reference(NamedTuple):
@@ -1097,10 +985,8 @@ class Reference(NamedTuple):
 
 def integer_forward(snn, k0, threads=None):
     """Run the integer CNN: k_out = clamp(floor((w . k_in + T b + v0) / theta), 0, T).
-
     k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
-    "direct". The last layer gives its logits, w . k_in + T b. Exact whole numbers.
-    """
+    "direct". The last layer gives its logits, w . k_in + T b. Exact whole numbers."""
     check_input(snn, k0)
     xp, steps = array_module(k0), snn.steps
     sums = []
@@ -1108,20 +994,18 @@ def integer_forward(snn, k0, threads=None):
         bound = largest_sum(layer, snn.largest_input(i) * steps, steps)
         sums.append(Sums(layer, xp, exact_dtype(bound), integer_dtype(bound)))
 
-    def run(counts):
-        every = []
-        counts = counts * xp.asarray(steps, sums[0].integer) if snn.encoding == "direct" else counts
-        for layer, current in zip(snn.layers, sums, strict=True):
-            charge = current(counts, steps)
+    def run(inputs):
+        charge = inputs * sums[0].integer(steps if snn.encoding == "direct" else 1)
+        counts = [charge]
+        for layer, current in zip(snn.layers, sums):
+            charge = current(counts[-1], steps)
             if layer.fires:
                 charge += xp.asarray(layer.v0)
-                counts = xp.clip(charge // xp.asarray(layer.theta), 0, steps)
-                every.append(counts)
-        return every, charge
+                counts.append(xp.clip(charge // xp.asarray(layer.theta), 0, steps))
+        return counts[1:], charge
 
-    runs = over_shards(run, [k0[part] for part in shards(len(k0))], threads=threads)
-    counts = [xp.concatenate(parts) for parts in zip(*(r[0] for r in runs), strict=True)]
-    return Reference(counts, xp.concatenate([r[1] for r in runs]))
+    counts, logits = zip(*over_shards(run, [k0[part] for part in shards(len(k0))], threads=threads))
+    return Reference([xp.concatenate(parts) for parts in zip(*counts)], xp.concatenate(logits))
 
 
 class Sums:
@@ -1141,18 +1025,10 @@ class Sums:
 
 def delay_of(schedule, steps):
     """Return the delay d of a schedule: "streaming" 0, "synchronous" T, or d itself, 0 to T."""
-    named = {"streaming": 0, "synchronous": steps}
-    delay = named.get(schedule, schedule)
-    if isinstance(delay, str) and delay.isdecimal():
-        delay = int(delay)
-    if (
-        isinstance(delay, bool)
-        or not isinstance(delay, (int, np.integer))
-        or not 0 <= delay <= steps
-    ):
-        raise ValueError(
-            f"schedule: {schedule!r}, expected streaming, synchronous or a delay of 0 to {steps}"
-        )
+    delay = str({"streaming": 0, "synchronous": steps}.get(schedule, schedule))
+    if not delay.isdecimal() or int(delay) > steps:
+        expected = f"streaming, synchronous or a delay of 0 to {steps}"
+        raise ValueError(f"schedule: {schedule!r}, expected {expected}")
     return int(delay)
 
 
@@ -1188,11 +1064,9 @@ class Source:
 
 class Population:
     """The IF neurons of one layer for a block of images, at a point of their own time.
-
     They integrate the first d steps of their input in silence, all at once; then, at each of T
     steps, the next input if any is left, and fire where v >= theta (DESIGN 3.4). What is left
-    when the input is over is a charge v that pays for floor(v / theta) spikes, one a step.
-    """
+    when the input is over is a charge v that pays for floor(v / theta) spikes, one a step."""
 
     def __init__(self, shape, sums, first_sums, below, steps, delay, chunk, record):
         self.xp = xp = array_module(sums.w)
@@ -1234,7 +1108,7 @@ class Population:
 
     def fire(self, currents, spikes):
         """v += I; where v >= theta a spike, and v -= theta. In place on v and spikes."""
-        for current, spike in zip(currents, spikes, strict=False):
+        for current, spike in zip(currents, spikes):
             self.v += current
             self.xp.greater_equal(self.v, self.theta, out=spike.view(bool))
             self.v -= self.theta * spike
@@ -1266,11 +1140,9 @@ BLOCK_BYTES, CHUNK_BYTES = 2**22, 2**24  # currents of the largest layer: a step
 
 def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None, threads=None):
     """Simulate the SNN spike by spike for T = snn.steps steps; return a Run.
-
     k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
     "direct". Time runs in chunks and images in blocks of `batch`, one block a thread; neither
-    changes any bit, and memory does not grow with T (but for what `record` keeps).
-    """
+    changes any bit, and memory does not grow with T (but for what `record` keeps)."""
     check_input(snn, k0)
     delay = delay_of(schedule, snn.steps)
     xp = array_module(k0)
@@ -1284,24 +1156,21 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
         integer = integer_dtype(snn.steps * step + int(abs(layer.v0).max()))
         sums.append([Sums(layer, xp, exact_dtype(bound), integer) for bound in (step, start)])
     blocks = [k0[start : start + batch] for start in range(0, len(k0), batch)]
-    runs = over_shards(
-        lambda block: _simulate_block(snn, sums, block, delay, chunk, record),
-        blocks,
-        threads=threads,
-    )
-    counts, over_time, spikes = zip(*runs, strict=True)
-    counts = [xp.concatenate(parts) for parts in zip(*counts, strict=True)]
+    how = (delay, chunk, record)
+    runs = over_shards(lambda block: _run_block(snn, sums, block, *how), blocks, threads=threads)
+    counts, over_time, spikes = zip(*runs)
+    counts = [xp.concatenate(parts) for parts in zip(*counts)]
     over_time = xp.concatenate(over_time, axis=1)
-    spikes = [xp.concatenate(parts, axis=1) for parts in zip(*spikes, strict=True)]
+    spikes = [xp.concatenate(parts, axis=1) for parts in zip(*spikes)]
     synops = synaptic_operations(snn, k0, counts)
     return Run(counts, over_time[-1], over_time, synops, spikes if record else None)
 
 
-def _simulate_block(snn, sums, k0, delay, chunk, record):
+def _run_block(snn, sums, k0, delay, chunk, record):
     """Simulate some images; return counts, logits over time and, to record, spikes."""
     xp, populations = array_module(k0), []
     below = Source(k0, snn.steps, snn.encoding)
-    for (step_sums, first_sums), shape in zip(sums[:-1], snn.shapes[1:-1], strict=True):
+    for (step_sums, first_sums), shape in zip(sums[:-1], snn.shapes[1:-1]):
         shape = (len(k0), *shape)
         below = Population(shape, step_sums, first_sums, below, snn.steps, delay, chunk, record)
         populations.append(below)
@@ -1331,9 +1200,7 @@ def fan_out(layer, shape):
 
 def synaptic_operations(snn, k0, counts):
     """Return the SynOps of each image (N,): every spike times the weights it meets.
-
-    A direct input has no spikes: see `macs`.
-    """
+    A direct input has no spikes: see `macs`."""
     xp = array_module(k0)
     total = xp.zeros(len(k0), np.int64)
     for i, spikes in enumerate([k0, *counts]):
@@ -1348,7 +1215,7 @@ def macs(snn):
     """Return the multiply-adds of each layer for one image, by the rules of SynOps: what they
     would be if every input spiked once. A pooling, which only adds, has 0."""
     fans = [fan_out(f, shape).sum() * shape[-1] for f, shape in zip(snn.layers, snn.shapes)]
-    return [0 if f.kind == "pool" else int(n) for f, n in zip(snn.layers, fans, strict=True)]
+    return [0 if f.kind == "pool" else int(n) for f, n in zip(snn.layers, fans)]
 
 
 def predicted(snn, images):
@@ -1358,12 +1225,10 @@ def predicted(snn, images):
 
 def evaluate(snn, images, labels, schedules, *, batch=100, progress=lambda n: None, threads=None):
     """Classify images (N, H, W, C) uint8 with the integer CNN and the SNN of each schedule.
-
     Returns integer_accuracy and, for each schedule: accuracy, curve (accuracy after t = 1 to T
     of the last layer's steps), wrong_counts (fraction of each firing layer's neurons whose
     count is not the integer CNN's), spikes_per_neuron, synops_per_image, steps_to_answer and
-    seconds. progress(n) is told of n images of a schedule.
-    """
+    seconds. progress(n) is told of n images of a schedule."""
     n, correct, rows = len(images), 0, {s: [] for s in schedules}
     for start in range(0, n, batch):
         k0, truth = predicted(snn, images[start : start + batch]), labels[start : start + batch]
@@ -1374,20 +1239,20 @@ def evaluate(snn, images, labels, schedules, *, batch=100, progress=lambda n: No
             run = simulate(snn, k0, schedule, threads=threads)
             seconds = time.perf_counter() - began
             right = (run.logits_over_time.argmax(2) == truth).sum(1)
-            pairs = zip(run.counts, reference.counts, strict=True)
+            pairs = zip(run.counts, reference.counts)
             wrong = [int((ours != exact).sum()) for ours, exact in pairs]
             spikes = sum(int(c.sum()) for c in run.counts)
             rows[schedule].append((to_host(right), wrong, spikes, int(run.synops.sum()), seconds))
             progress(len(k0))
-    neurons = [n * math.prod(shape) for shape in snn.shapes[1:-1]]
+    neurons = np.array([n * math.prod(shape) for shape in snn.shapes[1:-1]])
     report = {}
     for schedule, parts in rows.items():
         right, wrong, spikes, synops, seconds = (sum(map(np.asarray, p)) for p in zip(*parts))
         report[schedule] = {
             "accuracy": float(right[-1] / n),
-            "curve": [float(x) for x in right / n],
-            "wrong_counts": [float(x) for x in wrong / np.array(neurons)],
-            "spikes_per_neuron": float(spikes / sum(neurons)),
+            "curve": (right / n).tolist(),
+            "wrong_counts": (wrong / neurons).tolist(),
+            "spikes_per_neuron": float(spikes / neurons.sum()),
             "synops_per_image": float(synops / n),
             "steps_to_answer": steps_to_answer(snn, schedule),
             "seconds": float(seconds),
@@ -1404,22 +1269,18 @@ def moved_levels(net, params, snn, images, recipe, batch=100, threads=None):
         x = network_input(part, snn.steps, snn.encoding)
         _, tape = forward(net, params, x, *recipe.how("quantize"), threads=threads)
         exact = integer_forward(snn, predicted(snn, part), threads).counts
-        xp, pairs = array_module(x), zip(tape, exact, strict=False)
+        xp, pairs = array_module(x), zip(tape, exact)
         moved += np.array([int((xp.concatenate(t.outputs) != c).sum()) for t, c in pairs])
-    neurons = [len(images) * math.prod(shape) for shape in snn.shapes[1:-1]]
-    return [float(x) for x in moved / np.array(neurons)]
+    neurons = np.array([len(images) * math.prod(shape) for shape in snn.shapes[1:-1]])
+    return (moved / neurons).tolist()
 
 
-# ------------------------------------------------------------------------------------------
-# 7  Files
-# ------------------------------------------------------------------------------------------
+# 7  Files -----------------------------------------------------------------------------------------
 
 
 def write_file(path, write):
     """Let write(file) fill a binary file that appears at `path` only when it is whole.
-
-    It is written under another name beside it, flushed to the disk and renamed.
-    """
+    It is written under another name beside it, flushed to the disk and renamed."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -1453,18 +1314,13 @@ SNN_FORMAT, MODEL_FORMAT = "cqsnn-snn/1", "cqsnn-model/1"
 def save_snn(path, snn):
     """Write a SpikingNetwork as an SNN file (DESIGN 7): JSON `network`, int32 arrays i.w i.b
     i.theta i.v0."""
-    names = ("steps", "input_shape", "classes", "weight_bits", "unit", "encoding")
-    network = {name: getattr(snn, name) for name in names}
-    network["layers"] = [
-        {name: getattr(f, name) for name in ("kind", "stride", "pad", "size", "fires")}
-        for f in snn.layers
-    ]
-    arrays = {
-        f"{i}.{name}": getattr(f, name)
-        for i, f in enumerate(snn.layers)
-        for name in LAYER_ARRAYS
-        if getattr(f, name) is not None
-    }
+    network = {name: value for name, value in vars(snn).items() if name != "layers"}
+    network["layers"], arrays = [], {}
+    for i, layer in enumerate(snn.layers):
+        parts = vars(layer).copy()
+        found = {f"{i}.{name}": parts.pop(name) for name in LAYER_ARRAYS}
+        arrays |= {key: a for key, a in found.items() if a is not None}
+        network["layers"].append(parts)
     text = json.dumps(network)
     write_file(path, lambda f: np.savez_compressed(f, format=SNN_FORMAT, network=text, **arrays))
 
@@ -1483,22 +1339,22 @@ def load_snn(path):
         network["input_shape"] = tuple(network["input_shape"])
         snn = SpikingNetwork(**network, layers=tuple(layers))
         check_network(snn)
-        return snn
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: not a whole SNN file: {error}") from None
+    return snn
 
 
 def check_network(snn):
     """Raise ValueError unless a network's numbers and arrays fit each other."""
-    limits = {"steps": 2**31 - 1, "classes": 2**31 - 1, "weight_bits": 16, "unit": 16}
-    for name, high in limits.items():
+    for name, high in (("steps", 2**31 - 1), ("classes", 2**31 - 1), ("unit", 16)):
         check_range(name, getattr(snn, name), 1, high)
+    check_range("weight_bits", snn.weight_bits, 2, 16)
     check_choice("encoding", snn.encoding, ("spikes", "direct"))
-    if len(snn.input_shape) != 3 or not snn.layers:
-        raise ValueError(f"input_shape {snn.input_shape}, {len(snn.layers)} layers")
     for n in snn.input_shape:
         check_range("input_shape", n, 1, 2**15)
     shape = snn.input_shape
+    if len(shape) != 3 or not snn.layers:
+        raise ValueError(f"input_shape {shape} and {len(snn.layers)} layers, expected 3 and some")
     for i, layer in enumerate(snn.layers):
         _check_layer(layer, i, shape)
         (shape,) = output_shapes([layer], shape, snn.classes)
@@ -1513,23 +1369,19 @@ def _check_layer(layer, i, shape):
     check_choice(f"layer {i} kind", layer.kind, ("conv", "depthwise", "pool", "dense"))
     for name, low in (("size", 1), ("stride", 1), ("pad", 0)):
         check_range(f"layer {i} {name}", getattr(layer, name), low, 2**15)
-    if layer.kind == "pool" and (layer.stride != layer.size or layer.pad):
+    pool, square = layer.kind == "pool", (layer.size, layer.size)
+    if pool and (layer.stride, layer.pad) != (layer.size, 0):
         raise ValueError(f"layer {i}: a pool's stride is its size, and it has no pad")
-    outputs = shape[-1:] if layer.w is None else layer.w.shape[-1:]
-    kernel = {
-        "conv": (layer.size, layer.size, shape[-1], *outputs),
-        "depthwise": (layer.size, layer.size, shape[-1]),
-        "dense": (math.prod(shape), *outputs),
-    }
-    expected = {"theta": ((), outputs), "v0": ((), outputs)}
-    expected |= {"w": (None,), "b": (None,)} if layer.kind == "pool" else {}
-    expected = {"w": (kernel.get(layer.kind),), "b": (outputs,)} | expected
-    for name, shapes in expected.items():
+    out = shape[-1:] if layer.w is None else layer.w.shape[-1:]
+    kernel = {"conv": (*square, shape[-1], *out), "depthwise": (*square, shape[-1])}
+    w, b = (None, None) if pool else (kernel.get(layer.kind, (math.prod(shape), *out)), out)
+    allowed = {"w": (w,), "b": (b,), "theta": ((), out), "v0": ((), out)}
+    for name, shapes in allowed.items():
         array = getattr(layer, name)
         found = None if array is None else array.shape
-        if found not in shapes or (found is not None and array.dtype != np.int32):
-            dtype = "" if array is None else f" {array.dtype}"
-            raise ValueError(f"array {i}.{name}: {found}{dtype}, expected {shapes[-1]} int32")
+        if found not in shapes or (array is not None and array.dtype != np.int32):
+            kind = "" if array is None else f" {array.dtype}"
+            raise ValueError(f"array {i}.{name}: {found}{kind}, expected {shapes[-1]} int32")
     if layer.theta.min() < 1:
         raise ValueError(f"array {i}.theta: {layer.theta.min()}, expected at least 1")
 
@@ -1547,12 +1399,12 @@ def load_model(path):
     arrays = read_npz(path, MODEL_FORMAT)
     try:
         meta = json.loads(str(arrays.pop("meta")))
+        keys = [key.split("/", 1) for key in arrays]
+        named = {part: {} for part in ("params", "state")}
+        for (part, name), array in zip(keys, arrays.values()):
+            named[part][name] = array
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a whole checkpoint: {error}") from None
-    named = {"params": {}, "state": {}}
-    for key, array in arrays.items():
-        part, _, name = key.partition("/")
-        named.get(part, {})[name] = array
     return named["params"], named["state"], meta
 
 
@@ -1560,36 +1412,27 @@ class DataSet(NamedTuple):
     """Where a data set's files lie under the data folder, and what they hold."""
 
     folder: str
-    train: tuple  # names of the files of training images: (images, labels) for IDX
+    train: tuple  # names of files: images and labels (IDX), or batches (CIFAR)
     test: tuple
     classes: int
-    archive: str | None  # the official archive that may lie in the data folder instead
-    label_bytes: int  # CIFAR records: label bytes before the pixels, the last one counts
     source: str
+    archive: str | None = None  # the official archive that may lie in the data folder instead
+    label_bytes: int = 0  # of a CIFAR record, before the pixels; the last one counts
 
 
-def _idx(folder, source):
-    train, test = (
-        tuple(f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
-        for part in ("train", "t10k")
-    )
-    return DataSet(folder, train, test, 10, None, 0, source)
-
-
+_TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+_TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html, the binary version"
+_MNIST, _FASHION = "the MNIST database", "https://github.com/zalandoresearch/fashion-mnist"
+_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (binary version)"
+_CIFAR10 = ("cifar-10-batches-bin", _BATCHES, ("test_batch.bin",), 10, _CIFAR)
+_CIFAR100 = ("cifar-100-binary", ("train.bin",), ("test.bin",), 100, _CIFAR)
 DATASETS = {
-    "digits": _idx("digits", "the project's folder data/digits"),
-    "mnist": _idx("mnist", "the MNIST database, four .gz files"),
-    "fashion-mnist": _idx("fashion-mnist", "github.com/zalandoresearch/fashion-mnist"),
-    "cifar10": DataSet(
-        *("cifar-10-batches-bin", _BATCHES, ("test_batch.bin",), 10),
-        *("cifar-10-binary.tar.gz", 1, _CIFAR),
-    ),
-    "cifar100": DataSet(
-        *("cifar-100-binary", ("train.bin",), ("test.bin",), 100),
-        *("cifar-100-binary.tar.gz", 2, _CIFAR),
-    ),
+    "digits": DataSet("digits", _TRAIN, _TEST, 10, "the project's folder data/digits"),
+    "mnist": DataSet("mnist", _TRAIN, _TEST, 10, _MNIST),
+    "fashion-mnist": DataSet("fashion-mnist", _TRAIN, _TEST, 10, _FASHION),
+    "cifar10": DataSet(*_CIFAR10, "cifar-10-binary.tar.gz", 1),
+    "cifar100": DataSet(*_CIFAR100, "cifar-100-binary.tar.gz", 2),
 }
 
 
@@ -1598,20 +1441,21 @@ def read_data_file(data_dir, dataset, name):
     plain = Path(data_dir) / dataset.folder / name
     zipped = plain.with_name(f"{name}.gz")
     archive = Path(data_dir) / dataset.archive if dataset.archive else zipped
+    where = next((path for path in (plain, zipped, archive) if path.exists()), None)
+    if where is None:
+        files = ", ".join(dataset.train + dataset.test)
+        raise FileNotFoundError(
+            f"{plain}: not found, nor {archive}; expected {files}, from {dataset.source}"
+        )
     try:
-        if plain.exists():
-            return plain, plain.read_bytes()
-        if zipped.exists():
-            return zipped, gzip.decompress(zipped.read_bytes())
-        if dataset.archive and archive.exists():
-            with tarfile.open(archive) as members:
-                return archive, members.extractfile(f"{dataset.folder}/{name}").read()
-    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
-        raise ValueError(f"{archive if dataset.archive else plain}: damaged ({error})") from None
-    raise FileNotFoundError(
-        f"{plain}: not found, nor {archive}; expected the files {', '.join(dataset.train + dataset.test)} "
-        f"in {plain.parent}, from {dataset.source}"
-    )
+        if where == plain:
+            return where, plain.read_bytes()
+        if where == zipped:
+            return where, gzip.decompress(zipped.read_bytes())
+        with tarfile.open(archive) as members:
+            return where, members.extractfile(f"{dataset.folder}/{name}").read()
+    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where}: damaged or not readable ({error})") from None
 
 
 def parse_idx(where, data, axes):
@@ -1636,23 +1480,19 @@ def parse_cifar(where, data, label_bytes):
 
 def load_dataset(name, data_dir="data"):
     """Return (images, labels) to train and to test: uint8 (N, H, W, C), int64 (N,).
-
-    Raises FileNotFoundError naming what was looked for, ValueError for damaged files.
-    """
+    Raises FileNotFoundError naming what was looked for, ValueError for damaged files."""
     check_choice("dataset", name, DATASETS)
     dataset, parts = DATASETS[name], []
     for files in (dataset.train, dataset.test):
         found = [read_data_file(data_dir, dataset, file) for file in files]
         if dataset.label_bytes:
             batches = [parse_cifar(*item, dataset.label_bytes) for item in found]
-            images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+            images, labels = (np.concatenate(arrays) for arrays in zip(*batches))
         else:
             images = parse_idx(*found[0], 3)[..., None]
             labels = parse_idx(*found[1], 1)
         if len(images) != len(labels) or labels.max() >= dataset.classes:
-            raise ValueError(
-                f"{found[-1][0]}: {len(labels)} labels up to {labels.max()}, expected "
-                f"{len(images)} below {dataset.classes}"
-            )
+            wrong = f"{found[-1][0]}: {len(labels)} labels up to {labels.max()}"
+            raise ValueError(f"{wrong}, expected {len(images)} below {dataset.classes}")
         parts.append((images, labels.astype(np.int64)))
     return tuple(parts)
