@@ -1423,7 +1423,8 @@ class DataSet(NamedTuple):
 _TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 _TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-_MNIST, _FASHION = "the MNIST database", "https://github.com/zalandoresearch/fashion-mnist"
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist (four .gz files)"
+_FASHION = "https://github.com/zalandoresearch/fashion-mnist (four .gz files)"
 _CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (binary version)"
 _CIFAR10 = ("cifar-10-batches-bin", _BATCHES, ("test_batch.bin",), 10, _CIFAR)
 _CIFAR100 = ("cifar-100-binary", ("train.bin",), ("test.bin",), 100, _CIFAR)

@@ -174,8 +174,12 @@ def load_data(args, xp):
 @contextlib.contextmanager
 def locked(folder):
     """Make the run folder ours alone while we work; the lock goes with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below
+    except OSError as error:
+        raise ValueError(f"--out: {folder}: {error.strerror}, expected a folder to write") from None
+    with lock:
         try:
             import fcntl
 
@@ -432,7 +436,8 @@ def main(command=None):
         args.command = command
         (simulate_file if args.simulate else train_and_convert)(args)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        hint = "" if "--simulate" in command else "; the same command with --resume goes on"
+        print(f"interrupted{hint}", file=sys.stderr)
         return 130
     except FloatingPointError as error:
         print(f"train_cq: {error}; expected a finite one: try a lower --lr", file=sys.stderr)
