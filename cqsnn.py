@@ -29,12 +29,12 @@ Numbers
     under a bound that `exact_dtype` has checked, so spikes are the same bits on every backend,
     for every batch size, time chunk and number of threads.
     A neuron fires at v >= theta and then loses theta (soft reset); at most one spike a step.
-
-Parameters, gradients and optimiser state are flat dicts, keys "i.name" for layer i.
+    Parameters, gradients and optimiser state are flat dicts, keys "i.name" for layer i.
 """
 
 import functools
 import gzip
+import io
 import itertools
 import json
 import math
@@ -152,11 +152,10 @@ def windows(x, size, stride):
     n, height, width, channels = x.shape
     image, row, column, channel = x.strides
     assert channel == x.itemsize and column == channels * channel
-    return array_module(x).lib.stride_tricks.as_strided(
-        x,
-        (n, (height - size) // stride + 1, (width - size) // stride + 1, size, size * channels),
-        (image, row * stride, column * stride, row, channel),
-    )
+    rows, columns = ((m - size) // stride + 1 for m in (height, width))
+    shape = (n, rows, columns, size, size * channels)
+    strides = (image, row * stride, column * stride, row, channel)
+    return array_module(x).lib.stride_tricks.as_strided(x, shape, strides)
 
 
 def shifted(x, size, stride):
@@ -299,11 +298,12 @@ def batch_norm(zs, gamma, beta, mean, var, training, threads=None):
     dtype = zs[0].dtype
     mean = mean.astype(dtype)  # a copy: backward must not see the running mean move
     inverse = (1 / array_module(var).sqrt(var + BATCH_NORM_EPS)).astype(dtype)
-    scale, offset = gamma * inverse, beta - mean * gamma * inverse
+    scale = gamma * inverse
 
     def normalise(z):
-        u = z * scale
-        u += offset
+        u = z - mean  # first, or a large mean would cancel
+        u *= scale
+        u += beta
         return u
 
     return over_shards(normalise, zs, threads=threads), (zs, mean, inverse, gamma, training)
@@ -757,8 +757,7 @@ def mirrored_images(n, seed, epoch):
 def encode(pixels, steps):
     """Return the spikes that each pixel (uint8) emits in `steps` steps: floor(p * T / 255)."""
     table = np.arange(256, dtype=np.int64) * steps // 255
-    xp = array_module(pixels)
-    return xp.asarray(table.astype(integer_dtype(steps)))[pixels]
+    return array_module(pixels).asarray(table.astype(integer_dtype(steps)))[pixels]
 
 
 def network_input(pixels, steps, encoding):
@@ -863,12 +862,11 @@ def fold(net, params, shape):
     for i, (layer, before) in enumerate(zip(net, shapes)):
         p = {n: params[f"{i}.{n}"] for n in names if f"{i}.{n}" in params}
         p = {n: to_host(a).astype(np.float64) for n, a in p.items()}
+        w, b = p.get("w"), p.get("b")
         if layer.norm:
             scale = p["gamma"] / np.sqrt(p["var"] + BATCH_NORM_EPS)
-            folded.append((p["w"] * scale, p["beta"] - p["mean"] * scale))
-        else:
-            pool = layer.kind == "pool"
-            folded.append(None if pool else (every_position(layer, p["w"], before), p["b"]))
+            w, b = w * scale, p["beta"] - p["mean"] * scale
+        folded.append(None if w is None else (every_position(layer, w, before), b))
     return folded
 
 
@@ -923,7 +921,7 @@ def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spike
     check_choice("encoding", encoding, ("spikes", "direct"))
     check_range("weight_bits", weight_bits, 2, 16)
     check_range("steps", steps, 1, 2**31 - 1)
-    last, folded, scales = len(net) - 1, fold(net, params, shape), []
+    last, folded, scales, stored = len(net) - 1, fold(net, params, shape), [], []
     for i, (layer, wb) in enumerate(zip(net, folded)):
         where = f"layer {i} ({layer.kind})"
         scales.append(None if wb is None else weight_scale(wb[0], weight_bits, where))
@@ -938,16 +936,13 @@ def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spike
         if too_large is None:
             break
     else:
-        raise ValueError(
-            f"layer {too_large}: its weights are too small beside its bias and threshold 1, "
-            f"which in whole numbers of {weight_bits}-bit weights pass 2**31"
-        )
-    layers = tuple(
-        replace(f, **{n: a.astype(np.int32) for n, a in vars(f).items() if hasattr(a, "dtype")})
-        for f in layers
-    )
+        wrong = f"layer {too_large}: its weights are too small beside its bias and threshold 1"
+        raise ValueError(f"{wrong}: at {weight_bits} bits these pass 2**31, expected less")
+    for f in layers:
+        arrays = {n: a.astype(np.int32) for n, a in vars(f).items() if hasattr(a, "dtype")}
+        stored.append(replace(f, **arrays))
     classes = len(params[f"{last}.b"])
-    return SpikingNetwork(steps, tuple(shape), classes, weight_bits, unit, encoding, layers)
+    return SpikingNetwork(steps, tuple(shape), classes, weight_bits, unit, encoding, tuple(stored))
 
 
 def scales(net, params, snn):
@@ -1117,7 +1112,6 @@ class Population:
         """Fire m steps without input, in closed form; return the counts."""
         counts = self.xp.clip(self.v // self.theta, 0, m)
         self.v -= counts * self.theta
-        counts = counts.astype(np.int32)
         self.total += counts
         return counts
 
@@ -1297,7 +1291,9 @@ def read_npz(path, file_format):
     """Return the arrays of a .npz file of ours, or raise ValueError with its name and reason."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+            arrays, damaged = dict(file), file.zip.testzip()  # an array read in part has no CRC
+            if damaged:
+                raise ValueError(f"{damaged} fails its checksum")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # zip, zlib, header and type errors: whatever damage brings
@@ -1358,7 +1354,7 @@ def check_network(snn):
     for i, layer in enumerate(snn.layers):
         _check_layer(layer, i, shape)
         (shape,) = output_shapes([layer], shape, snn.classes)
-        if layer.fires == (i == len(snn.layers) - 1):
+        if layer.fires is not (i < len(snn.layers) - 1):
             raise ValueError(f"layer {i} fires: {layer.fires}; every layer fires but the last")
     if shape != (snn.classes,):
         raise ValueError(f"the last layer gives {shape}, expected {snn.classes} classes")
@@ -1437,36 +1433,41 @@ DATASETS = {
 }
 
 
-def read_data_file(data_dir, dataset, name):
-    """Return where a data set's file was found, plain, as .gz or in the archive, and its bytes."""
-    plain = Path(data_dir) / dataset.folder / name
-    zipped = plain.with_name(f"{name}.gz")
-    archive = Path(data_dir) / dataset.archive if dataset.archive else zipped
-    where = next((path for path in (plain, zipped, archive) if path.exists()), None)
-    if where is None:
-        files = ", ".join(dataset.train + dataset.test)
-        raise FileNotFoundError(
-            f"{plain}: not found, nor {archive}; expected {files}, from {dataset.source}"
-        )
-    try:
-        if where == plain:
-            return where, plain.read_bytes()
-        if where == zipped:
-            return where, gzip.decompress(zipped.read_bytes())
-        with tarfile.open(archive) as members:
-            return where, members.extractfile(f"{dataset.folder}/{name}").read()
-    except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where}: damaged or not readable ({error})") from None
+def read_data_files(data_dir, dataset):
+    """Return where each file of a data set was found, plain, as .gz or in the official archive,
+    and its bytes, by name. An archive is checked as a whole; its paths are not followed."""
+    folder, found, members = Path(data_dir) / dataset.folder, {}, None
+    archive = Path(data_dir) / dataset.archive if dataset.archive else None
+    for name in dataset.train + dataset.test:
+        choices = [folder / name, folder / f"{name}.gz", *([archive] if archive else ())]
+        where = next((path for path in choices if path.exists()), None)
+        if where is None:
+            files = ", ".join(dataset.train + dataset.test)
+            wrong = f"{choices[0]}: not found, nor {choices[-1]}"
+            raise FileNotFoundError(f"{wrong}; expected {files}, from {dataset.source}")
+        try:
+            if where == archive:
+                plain = io.BytesIO(b"" if members else gzip.decompress(where.read_bytes()))
+                members = members or tarfile.open(fileobj=plain)  # noqa: SIM115 in memory
+                data = members.extractfile(f"{dataset.folder}/{name}").read()
+            else:
+                data = (gzip.decompress if where.suffix == ".gz" else bytes)(where.read_bytes())
+        except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{where}: damaged or not readable ({reason})") from None
+        found[name] = where, data
+    return found
 
 
 def parse_idx(where, data, axes):
     """Return the uint8 array of an IDX file: 0, 0, 8, number of axes, then sizes, then bytes."""
-    shape = tuple(int(n) for n in np.frombuffer(data[4 : 4 + 4 * axes], ">u4"))
-    if data[:4] != bytes((0, 0, 8, axes)) or len(shape) != axes:
+    start = 4 + 4 * axes
+    if data[:4] != bytes((0, 0, 8, axes)) or len(data) < start:
         raise ValueError(f"{where}: starts with {data[:4].hex()}, expected 0000080{axes} (IDX)")
-    if len(data) != 4 + 4 * axes + math.prod(shape):
+    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", axes, 4))
+    if len(data) != start + math.prod(shape):
         raise ValueError(f"{where}: {len(data)} bytes, expected {'x'.join(map(str, shape))} values")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
 def parse_cifar(where, data, label_bytes):
@@ -1484,16 +1485,16 @@ def load_dataset(name, data_dir="data"):
     Raises FileNotFoundError naming what was looked for, ValueError for damaged files."""
     check_choice("dataset", name, DATASETS)
     dataset, parts = DATASETS[name], []
+    every = read_data_files(data_dir, dataset)
     for files in (dataset.train, dataset.test):
-        found = [read_data_file(data_dir, dataset, file) for file in files]
+        found = [every[file] for file in files]
         if dataset.label_bytes:
             batches = [parse_cifar(*item, dataset.label_bytes) for item in found]
             images, labels = (np.concatenate(arrays) for arrays in zip(*batches))
         else:
-            images = parse_idx(*found[0], 3)[..., None]
-            labels = parse_idx(*found[1], 1)
-        if len(images) != len(labels) or labels.max() >= dataset.classes:
-            wrong = f"{found[-1][0]}: {len(labels)} labels up to {labels.max()}"
-            raise ValueError(f"{wrong}, expected {len(images)} below {dataset.classes}")
+            images, labels = parse_idx(*found[0], 3)[..., None], parse_idx(*found[1], 1)
+        if not len(images) == len(labels) > 0 or labels.max() >= dataset.classes:
+            wrong = f"{found[-1][0]}: {len(labels)} labels up to {max(labels, default='none')}"
+            raise ValueError(f"{wrong}, expected {len(images)} > 0 below {dataset.classes}")
         parts.append((images, labels.astype(np.int64)))
     return tuple(parts)

@@ -333,6 +333,19 @@ def draw_curve(path, report):
     pyplot.close(figure)
 
 
+def stage_accuracies(args, recipe, net, params, log, test):
+    """Return the CNN's test accuracy at the end of each stage, for the report."""
+    found = {}
+    for stage in cqsnn.ACTIVATIONS:
+        name = "cq_accuracy" if stage == "quantize" else f"{stage}_accuracy"
+        tested = [line["test_accuracy"] for line in log if line["stage"] == stage]
+        if tested:
+            found[name] = tested[-1]
+        elif stage != "relu":
+            found[name] = cqsnn.accuracy(net, params, *test, recipe, stage, threads=args.threads)
+    return found
+
+
 def convert_and_report(args, recipe, net, params, meta, folder, test, device):
     """Convert to every width, simulate, write snn.npz, report.json and curve.png."""
     log, shape = meta["log"], test[0].shape[1:]
@@ -346,13 +359,7 @@ def convert_and_report(args, recipe, net, params, meta, folder, test, device):
         **{n: getattr(recipe, n) for n in ("net", "encoding", "levels", "shift", "steps")},
         "recipe": asdict(recipe),
     }
-    for stage in cqsnn.ACTIVATIONS:
-        name = "cq_accuracy" if stage == "quantize" else f"{stage}_accuracy"
-        tested = [line["test_accuracy"] for line in log if line["stage"] == stage]
-        if tested:
-            report[name] = tested[-1]
-        elif stage != "relu":
-            report[name] = cqsnn.accuracy(net, params, *test, recipe, stage, threads=args.threads)
+    report |= stage_accuracies(args, recipe, net, params, log, test)
     rows = []
     for bits in dict.fromkeys(args.weight_bits):
         began = time.perf_counter()

@@ -1,0 +1,54 @@
+"""Slow references for layers: loops over every index, and central differences."""
+
+import itertools
+
+import numpy as np
+
+
+def loop_conv(x, w, stride, pad):
+    """Convolution by its definition, one product at a time. w (K, K, C, O)."""
+    n, height, width, channels = x.shape
+    size, outputs = len(w), w.shape[3]
+    rows, columns = ((m + 2 * pad - size) // stride + 1 for m in (height, width))
+    z = np.zeros((n, rows, columns, outputs))
+    for image, i, j, o, k, m, c in itertools.product(
+        *map(range, (n, rows, columns, outputs, size, size, channels))
+    ):
+        y, q = i * stride + k - pad, j * stride + m - pad
+        if 0 <= y < height and 0 <= q < width:
+            z[image, i, j, o] += x[image, y, q, c] * w[k, m, c, o]
+    return z
+
+
+def loop_depthwise(x, w, stride, pad):
+    """A convolution whose weights between different channels are zero. w (K, K, C)."""
+    full = np.zeros((*w.shape, w.shape[2]))
+    for c in range(w.shape[2]):
+        full[:, :, c, c] = w[:, :, c]
+    return loop_conv(x, full, stride, pad)
+
+
+def central_difference(f, array, index, step=1e-6):
+    """The slope of f() by one element of `array`, which f reads and we move in place."""
+    value = array[index]
+    array[index] = value + step
+    above = f()
+    array[index] = value - step
+    below = f()
+    array[index] = value
+    return (above - below) / (2 * step)
+
+
+def assert_gradient(f, array, gradient, rng, points=4):
+    """Compare a gradient with central differences at some random elements.
+
+    float64, step 1e-6: truncation is of order 1e-12 times the third derivative, rounding of
+    order 1e-16 * |f| / 1e-6; 1e-6 of the gradient's size leaves a hundredfold margin.
+    """
+    assert gradient.shape == array.shape
+    for _ in range(points):
+        index = tuple(int(rng.integers(n)) for n in array.shape)
+        slope = central_difference(f, array, index)
+        np.testing.assert_allclose(
+            gradient[index], slope, rtol=1e-6, atol=1e-6 * (1 + np.abs(gradient).max())
+        )

@@ -1,0 +1,402 @@
+"""Laws 3 to 12 of DESIGN section 9: spiking arithmetic, in whole numbers, compared with ==."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import spiking_oracles as oracle
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import cqsnn
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 32, 100, 255, 256, 1000])
+def test_law_3_encoder_emits_floor_of_pixel_times_steps_evenly_spread(steps):
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    k0 = cqsnn.encode(pixels, steps)
+    assert [int(k) for k in k0.ravel()] == [p * steps // 255 for p in range(256)]
+    spikes = cqsnn.Source(k0, steps, "spikes").spikes(steps)
+    for p in range(256):
+        fired, _ = oracle.neuron([int(k0.flat[p])] * steps, 0, steps, 0)
+        assert spikes.reshape(steps, 256)[:, p].tolist() == fired
+    assert (spikes.sum(0) == k0).all()
+
+
+@given(st.integers(1, 40), st.data(), st.sampled_from(["spikes", "direct"]))
+def test_source_counts_are_the_sum_of_its_spikes(steps, data, encoding):
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    k0 = cqsnn.encode(pixels, steps) if encoding == "spikes" else pixels
+    one, other = (cqsnn.Source(k0, steps, encoding) for _ in range(2))
+    first = data.draw(st.integers(0, steps))
+    assert (one.counts(first) == other.spikes(steps)[:first].sum(0, dtype=int)).all()
+    rest = one.spikes(steps - first).sum(0, dtype=int) if first < steps else 0
+    assert (
+        rest + cqsnn.Source(k0, steps, encoding).counts(first)
+        == (k0 if encoding == "spikes" else k0.astype(int) * steps)
+    ).all()
+
+
+class Wires:
+    """An input that sends given values: one value a step and neuron, (T, 1, n)."""
+
+    def __init__(self, values):
+        self.values, self.now = np.asarray(values), 0
+
+    def counts(self, m):
+        return self.spikes(m).sum(0)
+
+    def spikes(self, m):
+        self.now += m
+        return self.values[self.now - m : self.now]
+
+
+def population(currents, v0, theta, delay, chunk=3):
+    """One neuron a column of currents (T, n), driven through the engine's Population."""
+    currents = np.asarray(currents, np.int64)
+    steps, n = currents.shape
+    layer = cqsnn.SpikingLayer(
+        *("dense", 1, 1, 0, True, np.eye(n, dtype=np.int32), np.zeros(n, np.int32)),
+        *(np.int32(theta), np.int32(v0)),
+    )
+    sums = cqsnn.Sums(layer, np, np.float64, np.int64)
+    below = Wires(currents[:, None])
+    return cqsnn.Population((1, n), sums, sums, below, steps, delay, chunk, False)
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 120))
+@example(10, 3, 1)  # sinabs' vector: theta 3, ten unit inputs, 3 spikes
+@example(32, 16, 1)  # the tie: ">=" fires at step 16
+def test_law_4_constant_current_fires_floor_of_charge_over_theta(steps, theta, current):
+    fired = population([[current]] * steps, 0, theta, 0).spikes(steps)
+    assert fired.sum() == min(steps, steps * current // theta)
+    assert fired.ravel().tolist() == oracle.neuron([current] * steps, 0, theta, 0)[0]
+
+
+@given(st.integers(1, 30), st.lists(st.integers(0, 30), min_size=1, max_size=30), st.data())
+def test_law_5_currents_within_theta_count_floor_of_charge_in_any_order(theta, currents, data):
+    currents = [min(i, theta) for i in currents]
+    v0 = data.draw(st.integers(0, theta - 1))
+    delay = data.draw(st.integers(0, len(currents)))
+    total = (v0 + sum(currents)) // theta
+    shuffled = data.draw(st.permutations(currents))
+    for order in (currents, shuffled):
+        pop = population([[i] for i in order], v0, theta, delay)
+        assert pop.spikes(len(order)).sum() == min(total, len(order))
+
+
+@given(st.integers(1, 12), st.lists(st.integers(-40, 40), min_size=1, max_size=12), st.data())
+@example(5, [5, -10, 5], None)  # v meets theta exactly, then falls below zero
+@example(1, [-3], None)
+def test_law_6_counts_are_exact_if_and_only_if(theta, currents, data):
+    steps = len(currents)
+    v0 = 0 if data is None else data.draw(st.integers(-theta, 2 * theta))
+    for delay in range(steps + 1):
+        pop = population([[i] for i in currents], v0, theta, delay)
+        fired = pop.spikes(steps).ravel().tolist()
+        assert fired == oracle.neuron(currents, v0, theta, delay)[0]
+        charge = [v0 + sum(currents[:t]) for t in range(steps + 1)]  # P(t)
+        seen = [charge[min(delay + j, steps)] for j in range(1, steps + 1)]  # Q(j)
+        total, final = charge[steps], int(pop.v[0, 0])
+        if total < 0:
+            condition = all(q < theta for q in seen)
+        elif total < (steps + 1) * theta:
+            condition = 0 <= final < theta
+        else:
+            condition = all(q >= j * theta for j, q in enumerate(seen, 1))
+        exact = min(max(total // theta, 0), steps)
+        assert (sum(fired) == exact) == condition
+
+
+@given(st.data())
+def test_law_7_synchronous_equals_the_integer_cnn_and_a_loop_over_integers(data):
+    snn = data.draw(oracle.networks())
+    k0 = oracle.images(data.draw, snn)
+    reference = cqsnn.integer_forward(snn, k0)
+    run = cqsnn.simulate(snn, k0, "synchronous")
+    assert (run.logits == reference.logits).all()
+    assert all((a == b).all() for a, b in zip(run.counts, reference.counts, strict=True))
+    counts, logits = oracle.integer_network(snn, k0[0])
+    assert reference.logits[0].tolist() == logits.tolist()
+    assert all((a[0] == b).all() for a, b in zip(reference.counts, counts, strict=True))
+
+
+@given(st.data())
+def test_law_8_every_schedule_equals_a_loop_over_single_neurons(data):
+    snn = data.draw(oracle.networks())
+    k0 = oracle.images(data.draw, snn, most=2)
+    delay = data.draw(st.integers(0, snn.steps))
+    run = cqsnn.simulate(snn, k0, str(delay), record=True)
+    for image in range(len(k0)):
+        spikes, logits = oracle.spiking_network(snn, k0[image], delay)
+        assert len(spikes) == len(run.spikes)
+        for ours, theirs, count in zip(run.spikes, spikes, run.counts, strict=True):
+            assert (ours[:, image] == theirs).all()
+            assert (count[image] == theirs.sum(0)).all()
+        assert (run.logits_over_time[:, image] == logits).all()
+        assert (run.logits[image] == logits[-1]).all()
+
+
+def test_streaming_and_synchronous_are_delays_0_and_t():
+    assert cqsnn.delay_of("streaming", 9) == cqsnn.delay_of(0, 9) == cqsnn.delay_of("0", 9) == 0
+    assert cqsnn.delay_of("synchronous", 9) == cqsnn.delay_of("9", 9) == 9
+    for bad in ("10", 10, -1, "-1", "slow", True, 1.5, ""):
+        with pytest.raises(ValueError, match="schedule: .* expected streaming, synchronous"):
+            cqsnn.delay_of(bad, 9)
+
+
+@given(st.data())
+def test_law_9_batch_chunk_threads_and_recording_change_no_bit(data):
+    snn = data.draw(oracle.networks())
+    k0 = oracle.images(data.draw, snn, most=9)
+    schedule = data.draw(st.integers(0, snn.steps))
+    plain = cqsnn.simulate(snn, k0, schedule, record=True, threads=1)
+    other = cqsnn.simulate(
+        snn,
+        k0,
+        schedule,
+        record=data.draw(st.booleans()),
+        batch=data.draw(st.integers(1, len(k0) + 1)),
+        chunk=data.draw(st.integers(1, snn.steps + 2)),
+        threads=data.draw(st.integers(1, 3)),
+    )
+    assert plain.logits_over_time.tobytes() == other.logits_over_time.tobytes()
+    assert plain.synops.tolist() == other.synops.tolist()
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(plain.counts, other.counts, strict=True))
+    if other.spikes is not None:
+        pairs = zip(plain.spikes, other.spikes, strict=True)
+        assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+def test_law_10_cupy_equals_numpy_bit_for_bit():
+    cupy = pytest.importorskip("cupy", reason="no GPU here: CuPy is not installed")
+    try:
+        cupy.zeros(1)
+    except Exception as error:
+        pytest.skip(f"no GPU here: {error}")
+    rng = np.random.default_rng(0)
+    net = cqsnn.network("8C3-A-8C4s2p1-FC")
+    params = cqsnn.init_params(net, (12, 12, 2), 5, rng)
+    snn = cqsnn.convert(net, params, (12, 12, 2), 16)
+    k0 = rng.integers(0, 17, (20, 12, 12, 2))
+    for schedule in ("streaming", 3, "synchronous"):
+        ours = cqsnn.simulate(snn, k0, schedule, record=True)
+        theirs = cqsnn.simulate(snn, cupy.asarray(k0), schedule, record=True)
+        assert (theirs.logits_over_time.get() == ours.logits_over_time).all()
+        for a, b in zip(ours.spikes, theirs.spikes, strict=True):
+            assert (a == b.get()).all()
+
+
+def test_law_11_exact_types_change_at_their_bounds():
+    assert cqsnn.exact_dtype(2**24 - 1) is np.float32
+    assert cqsnn.exact_dtype(2**24) is cqsnn.exact_dtype(2**31) is np.float64
+    assert cqsnn.exact_dtype(2**53 - 1) is np.float64
+    with pytest.raises(ValueError, match=r"expected less than 2\*\*53"):
+        cqsnn.exact_dtype(2**53)
+    assert cqsnn.integer_dtype(2**31 - 1) is np.int32
+    assert cqsnn.integer_dtype(2**31) is cqsnn.integer_dtype(2**63 - 1) is np.int64
+    with pytest.raises(ValueError, match=r"expected less than 2\*\*63"):
+        cqsnn.integer_dtype(2**63)
+
+
+@pytest.mark.parametrize("weight", [2**18 - 3, 2**18 + 3, 2**25 + 1, 2**30 - 1])
+def test_law_11_the_input_that_reaches_the_bound_is_exact(weight):
+    """64 weights of one sign, and all inputs on at every step: sums just below and above 2**24,
+    above 2**31, and potentials above 2**31."""
+    w = np.full((64, 2), weight, np.int32)
+    w[:, 1] *= -1
+    w[0] -= 1  # an odd sum: the last bit counts
+    hidden = cqsnn.SpikingLayer(
+        *("dense", 1, 1, 0, True, w, np.array([5, -5], np.int32)), np.int32(7), np.int32(3)
+    )
+    last = cqsnn.SpikingLayer(
+        *("dense", 1, 1, 0, False, np.ones((2, 2), np.int32), np.zeros(2, np.int32)),
+        *(np.int32(1), np.int32(0)),
+    )
+    steps = 20
+    snn = cqsnn.SpikingNetwork(steps, (8, 8, 1), 2, 16, 1, "spikes", (hidden, last))
+    step, whole = (cqsnn.largest_sum(hidden, x, x) for x in (1, steps))
+    assert step == max(64 * weight - 1 + 5, 64 * weight + 1 + 5) + 3
+    assert whole == steps * (step - 3) + 3
+    k0 = np.full((1, 8, 8, 1), steps)
+    sums = cqsnn.Sums(hidden, np, cqsnn.exact_dtype(whole), cqsnn.integer_dtype(whole))
+    charge = steps * (64 * weight - 1 + 5)
+    assert sums(k0, steps).tolist() == [[charge, -steps * (64 * weight + 1 + 5)]]
+    last_only = replace(snn, layers=(replace(hidden, fires=False),))
+    run = cqsnn.simulate(last_only, k0, "streaming")
+    assert run.logits.tolist() == sums(k0, steps).tolist()
+    run = cqsnn.simulate(snn, k0, "streaming")
+    assert run.counts[0].tolist() == [[steps, 0]]
+
+
+@given(st.data())
+def test_law_12_synops_equal_a_walk_over_every_spikes_weights(data):
+    snn = data.draw(oracle.networks())
+    k0 = oracle.images(data.draw, snn, most=2)
+    run = cqsnn.simulate(snn, k0, data.draw(st.integers(0, snn.steps)))
+    for image in range(len(k0)):
+        total = 0
+        for i, (layer, counts) in enumerate(zip(snn.layers, [k0, *run.counts], strict=True)):
+            if i > 0 or snn.encoding == "spikes":
+                met = oracle.weights_met(layer, counts.shape[1:])
+                total += sum(int(counts[image][index]) for index, _, _ in met)
+        assert total == run.synops[image]
+    shape, macs = snn.input_shape, []
+    for layer in snn.layers:
+        connections = sum(1 for _ in oracle.weights_met(layer, shape))
+        macs.append(0 if layer.kind == "pool" else connections)
+        shape = oracle.output_shape(layer, shape)
+    assert cqsnn.macs(snn) == macs
+
+
+def test_law_12_identity_image_into_a_small_convolution_is_30_synops():
+    layer = cqsnn.SpikingLayer(
+        *("conv", 2, 1, 0, False, np.ones((2, 2, 1, 5), np.int32), np.zeros(5, np.int32)),
+        *(np.int32(1), np.int32(0)),
+    )
+    k0 = np.eye(3, dtype=int).reshape(1, 3, 3, 1)
+    snn = cqsnn.SpikingNetwork(1, (3, 3, 1), 5, 8, 1, "spikes", (layer,))
+    assert cqsnn.synaptic_operations(snn, k0, []).tolist() == [30]
+
+
+# Conversion ---------------------------------------------------------------------------------
+
+
+def random_cnn(words, shape, seed, spread=0.5):
+    """A network with random parameters of every kind, none at its start value."""
+    rng = np.random.default_rng(seed)
+    net = cqsnn.network(words)
+    params = cqsnn.init_params(net, shape, 4, rng)
+    for key, value in params.items():
+        if not key.endswith(".w"):
+            noise = rng.normal(0, spread, value.shape)
+            value += np.abs(noise) if key.endswith((".var", ".gamma")) else noise
+    return net, params
+
+
+WORDS = ("3C3-A-4C3s2-FC", "3C2p0-T-GFC", "A-5C3-FC", "4C3-T-A-GFC")
+
+
+@given(
+    st.sampled_from(WORDS),
+    st.integers(2, 16),
+    st.sampled_from([0, 0.5]),
+    st.sampled_from(["spikes", "direct"]),
+    st.integers(0, 2**32),
+    st.booleans(),
+)
+def test_converted_layers_follow_the_formulas_of_design(words, bits, shift, encoding, seed, flat):
+    net, params = random_cnn(words, (9, 8, 2), seed)
+    for key in params:
+        if key.endswith(".w") and flat:
+            params[key] *= 0  # all-zero weights
+        elif key.endswith(".w"):
+            params[key] /= 4 * np.abs(params[key]).max()
+        if key.endswith(".var"):
+            params[key][0] = 1 / 9  # gamma / sqrt(var) up to 6 or so: still within 2 bits
+        if key.endswith(".gamma"):
+            params[key] *= 0.2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        snn = cqsnn.convert(net, params, (9, 8, 2), 8, bits, shift, encoding)
+    cqsnn.check_network(snn)
+    top = 2 ** (bits - 1) - 1
+    for i, (layer, folded) in enumerate(zip(snn.layers, cqsnn.fold(net, params, (9, 8, 2)))):
+        whole = 255 if i == 0 and encoding == "direct" else 1
+        if folded is None:
+            assert layer.theta == layer.size**2 * whole and layer.w is None
+            assert layer.v0 == round(shift * layer.size**2 * whole)
+            continue
+        w, b = folded
+        scale = int(top // np.abs(w).max()) if np.abs(w).max() > 0 else top
+        assert layer.theta == scale * snn.unit * whole
+        assert layer.v0 == (np.rint(shift * int(layer.theta)) if layer.fires else 0)
+        assert (layer.w == snn.unit * np.rint(w * scale)).all()
+        assert (layer.b == np.rint(b * scale * snn.unit * whole)).all()
+        assert np.abs(layer.w).max() <= top * snn.unit
+    k0 = cqsnn.predicted(snn, np.arange(144, dtype=np.uint8).reshape(1, 9, 8, 2))
+    exact, run = cqsnn.integer_forward(snn, k0), cqsnn.simulate(snn, k0, "synchronous")
+    assert (exact.logits == run.logits).all()
+
+
+def test_weights_do_not_depend_on_steps_and_shift_only_moves_v0():
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 0)
+    one, other = (cqsnn.convert(net, params, (9, 8, 2), t, shift=h) for t, h in ((4, 0), (99, 0.5)))
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert a.theta == b.theta
+        assert a.w is None or ((a.w == b.w).all() and (a.b == b.b).all())
+
+
+def test_outsize_weights_warn_and_weights_that_do_not_fit_are_refused():
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 0)
+    params["0.var"][1] = 1e-3
+    with pytest.warns(UserWarning, match=r"layer 0 \(conv\): channel 1 has the outsize weight"):
+        params["0.w"][:] = 0.5 / 3
+        params["0.gamma"][:] = 1.0
+        params["0.gamma"][1] = 6
+        cqsnn.convert(net, params, (9, 8, 2), 8)
+    params["0.gamma"][1] = 1e4
+    with pytest.raises(ValueError, match=r"layer 0 \(conv\): channel 1 .* expected at most 127"):
+        cqsnn.convert(net, params, (9, 8, 2), 8)
+    params["0.gamma"][1] = np.nan
+    with pytest.raises(ValueError, match=r"layer 0 \(conv\): channel 1 .* finite"):
+        cqsnn.convert(net, params, (9, 8, 2), 8)
+
+
+@pytest.mark.parametrize(
+    ("size", "encoding", "unit"),
+    [(1e-2, "spikes", 16), (8e-7, "spikes", 8), (1.5e-4, "direct", 8), (4e-5, "direct", 2)],
+)
+def test_the_unit_falls_where_32_bits_ask_for_less(size, encoding, unit):
+    params = {"0.w": np.full((4, 2), size), "0.b": np.zeros(2)}
+    snn = cqsnn.convert(cqsnn.network("FC"), params, (2, 2, 1), 4, 8, 0.0, encoding)
+    whole = 255 if encoding == "direct" else 1
+    assert snn.unit == unit
+    assert int(127 / size) * unit * whole < 2**31
+    assert unit == 16 or int(127 / size) * 2 * unit * whole >= 2**31
+
+
+def test_weights_too_small_for_any_unit_are_refused():
+    params = {"0.w": np.full((4, 2), 1e-9), "0.b": np.ones(2)}
+    with pytest.raises(ValueError, match=r"layer 0: its weights are too small"):
+        cqsnn.convert(cqsnn.network("FC"), params, (2, 2, 1), 4, 16)
+
+
+def test_steps_to_answer_grow_by_the_delay_for_each_firing_layer():
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 0)
+    snn = cqsnn.convert(net, params, (9, 8, 2), 16)
+    answers = [cqsnn.steps_to_answer(snn, s) for s in ("streaming", 1, "4", "synchronous")]
+    assert answers == [16, 19, 28, 64]
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 0)
+    snn = cqsnn.convert(net, params, (9, 8, 2), 16)
+    direct = replace(snn, encoding="direct")
+    good = np.zeros((1, 9, 8, 2), int)
+    for network, k0, message in (
+        (snn, good + 17, "values 17 to 17, expected counts of 0 to 16"),
+        (snn, good - 1, "expected counts of 0 to 16"),
+        (snn, good * 1.0, "float64 values"),
+        (snn, good[0], "shape"),
+        (snn, good[:0], "shape"),
+        (direct, good, "expected uint8 pixels"),
+    ):
+        for run in (cqsnn.simulate, cqsnn.integer_forward):
+            with pytest.raises(ValueError, match=message):
+                run(network, k0)
+
+
+def test_moved_levels_are_those_that_differ_between_cq_network_and_integer_cnn():
+    """16 bits move few levels, 3 bits many; with levels = steps nothing else can move one."""
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 3, spread=0.1)
+    recipe = cqsnn.Recipe("digits", steps=8, levels=8)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 9, 8, 2), dtype=np.uint8)
+    moved = []
+    for bits in (16, 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            snn = cqsnn.convert(net, params, (9, 8, 2), 8, bits)
+        moved.append(cqsnn.moved_levels(net, params, snn, pixels, recipe))
+    assert max(moved[0]) < 0.02 < max(moved[1])
