@@ -1,0 +1,200 @@
+"""Training: optimisers against plain arithmetic, augmentation by lookup, and law 14's bits."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cqsnn
+
+
+def test_adam_equals_its_definition_in_plain_floats():
+    rng = np.random.default_rng(0)
+    params, state, w, m, v = {"0.b": np.array([0.5])}, {}, 0.5, 0.0, 0.0
+    for step in range(1, 20):
+        g = float(rng.normal())
+        cqsnn.adam(params, {"0.b": np.array([g])}, state, 0.01)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w -= 0.01 * (m / (1 - 0.9**step)) / (math.sqrt(v / (1 - 0.999**step)) + 1e-8)
+        # the same products in another order: a few units in the last place a step
+        assert params["0.b"][0] == pytest.approx(w, rel=1e-12)
+
+
+@given(st.sampled_from([(1, 1, 4, 30), (3, 3, 8, 16), (2, 2, 3, 12)]), st.integers(0, 2**32))
+def test_muon_moves_convolutions_by_nearly_equal_singular_values(shape, seed):
+    rng = np.random.default_rng(seed)
+    before = rng.normal(size=shape)
+    params, state = {"0.w": before.copy()}, {}
+    cqsnn.muon(params, {"0.w": rng.normal(size=shape)}, state, rate=0.1)
+    scaled = before * math.sqrt(shape[-1]) / np.linalg.norm(before)
+    moved = (scaled - params["0.w"]).reshape(-1, shape[-1]) / 0.1
+    values = np.linalg.svd(moved, compute_uv=False)
+    # three steps of the quintic take values above 0.1 of the norm into 0.68 .. 1.14 or so and
+    # lift the smallest ones by up to 3.44 ** 3: none stays below a few hundredths
+    assert values.max() < 1.3
+    assert np.median(values) > 0.5
+
+
+def test_muon_is_nesterov_sgd_on_the_rest():
+    params, state = {"0.gamma": np.ones(2), "1.w": np.ones((2, 2))}, {}
+    grads = {"0.gamma": np.array([1.0, -2]), "1.w": np.zeros((2, 2))}
+    for _ in range(2):
+        cqsnn.muon(params, grads, state, rate=0.1)
+    # moments 1 and 1.85 of the gradient, so steps of 1.85 and 1 + 0.85 * 1.85
+    moved = 0.1 * 0.23 * (1.85 + 1 + 0.85 * 1.85)
+    np.testing.assert_allclose(params["0.gamma"], [1 - moved, 1 + 2 * moved], rtol=1e-12)
+    decayed = 1 - 0.1 * 1.15 * 1e-3 * 1.85  # weight decay alone, first step
+    second = decayed - 0.1 * 1.15 * 1e-3 * (decayed + 0.85 * (0.85 + decayed))
+    np.testing.assert_allclose(params["1.w"], second, rtol=1e-12)
+
+
+def test_the_rate_rises_for_a_tenth_of_a_stage_and_falls_to_zero():
+    rates = [cqsnn.rate_at(t / 1000, 3.0) for t in range(1001)]
+    assert rates[0] == 0 and rates[-1] == 0 and max(rates) == rates[100] == 3
+    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:])[::-1]
+
+
+def test_stages_follow_one_another_and_restart():
+    recipe = cqsnn.Recipe("digits", relu_epochs=1, clamp_epochs=2, quantize_epochs=1, levels=7)
+    seen = [recipe.stage_of(epoch) for epoch in range(4)]
+    assert seen == [("relu", 0, 1), ("clamp", 0, 2), ("clamp", 1, 2), ("quantize", 0, 1)]
+    assert recipe.how("clamp") == ("clamp", None, 0.0)
+    assert recipe.how("quantize") == ("quantize", 7, 0.0)
+
+
+@given(st.integers(0, 3), st.integers(0, 2**32))
+def test_augmented_images_are_reflected_shifts_and_mirrors(move, seed):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (6, 5, 7, 2), dtype=np.uint8)
+    mirrored = rng.integers(2, size=6).astype(bool)
+    for image, flip, result in zip(
+        images, mirrored, cqsnn.augment(images, mirrored, move, rng), strict=True
+    ):
+        wide = np.pad(image, ((move, move), (move, move), (0, 0)), mode="reflect")
+        wide = wide[:, ::-1] if flip else wide
+        shifts = [(i, j) for i in range(2 * move + 1) for j in range(2 * move + 1)]
+        assert any((wide[i : i + 5, j : j + 7] == result).all() for i, j in shifts)
+
+
+def test_every_shift_occurs_and_mirrors_alternate():
+    image = np.arange(25, dtype=np.uint8).reshape(1, 5, 5, 1)
+    rng = np.random.default_rng(0)
+    many = cqsnn.augment(np.repeat(image, 500, 0), np.zeros(500, bool), 1, rng)
+    assert len({m.tobytes() for m in many}) == 9
+    first, second, third = (cqsnn.mirrored_images(1000, 3, epoch) for epoch in range(3))
+    assert (first != second).all() and (first == third).all()
+    assert 400 < first.sum() < 600  # a fair coin: six standard deviations
+
+
+def test_network_input_is_what_the_spiking_network_will_get():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    spikes = cqsnn.network_input(pixels, 10, "spikes")
+    assert spikes.dtype == np.float32
+    expected = np.array([p * 10 // 255 for p in range(256)], np.float32) / np.float32(10)
+    assert (spikes.ravel() == expected).all()
+    direct = cqsnn.network_input(pixels, 10, "direct")
+    assert (direct.ravel() == np.arange(256, dtype=np.float32) / np.float32(255)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "convolutions", "outputs"),
+    [
+        ("digits", (8, 8, 1), 2, (2, 2, 64)),
+        ("lenet*", (28, 28, 1), 7, (2, 2, 128)),
+        ("vgg*", (32, 32, 3), 7, (1, 1, 1024)),
+        ("allconv", (32, 32, 3), 7, (4, 4, 256)),
+        ("vgg11", (32, 32, 3), 8, (1, 1, 512)),
+        ("vgg13", (32, 32, 3), 10, (1, 1, 512)),
+        ("vgg16", (32, 32, 3), 13, (1, 1, 512)),
+        ("vgg19", (32, 32, 3), 16, (1, 1, 512)),
+        ("vgg19-tp", (32, 32, 3), 16, (1, 1, 512)),
+    ],
+)
+def test_networks_are_those_of_design(name, shape, convolutions, outputs):
+    net = cqsnn.NETWORKS[name]
+    shapes = cqsnn.output_shapes(net, shape, 10)
+    assert (shapes[-2], shapes[-1]) == (outputs, (10,))
+    assert sum(layer.kind == "conv" for layer in net) == convolutions
+    trained_poolings = sum(layer.kind == "depthwise" for layer in net)
+    assert trained_poolings == (5 if name == "vgg19-tp" else 0)
+    params = cqsnn.init_params(net, shape, 10, np.random.default_rng(0))
+    for i, layer in enumerate(net):
+        names = {key.split(".")[1] for key in params if key.startswith(f"{i}.")}
+        if layer.kind == "conv":
+            assert names == {"w", "gamma", "beta", "mean", "var"}
+        else:
+            assert names == (set() if layer.kind == "pool" else {"w", "b"})
+        if layer.kind == "depthwise":
+            assert (params[f"{i}.w"] == 1 / 4).all()
+
+
+def data(n=40):
+    """Images of two classes, dark and bright."""
+    rng = np.random.default_rng(5)
+    labels = rng.integers(2, size=n)
+    images = rng.integers(0, 128, (n, 6, 6, 1)) + 127 * labels[:, None, None, None]
+    return images.astype(np.uint8), labels
+
+
+RECIPE = cqsnn.Recipe(
+    *("digits", 0, 3, 3),
+    lr=0.01,
+    batch=17,  # two full batches and a last short one
+    dropout=0.1,
+    move=1,
+    flip=True,
+    levels=8,
+    steps=8,
+)
+NET = cqsnn.with_dropout(cqsnn.network("4C3-A-4C3-T-FC"), 0.1)
+
+
+def trained(recipe, epochs, threads=None, start=None):
+    """Train for some epochs, from the start or from (params, state, first epoch)."""
+    params, state, first = start or (
+        *(cqsnn.init_params(NET, (6, 6, 1), 2, np.random.default_rng(0)), {}, 0),
+    )
+    params, state = ({k: v.copy() for k, v in d.items()} for d in (params, state))
+    losses, done = [], []
+    for epoch in range(first, epochs):
+        result = cqsnn.train_epoch(
+            *(NET, params, state, *data(), recipe, 3, epoch, done.append, threads)
+        )
+        losses.append(result)
+    assert sum(done) == 40 * (epochs - first)
+    return params, state, losses
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_law_14_threads_and_stopping_change_no_bit(optimizer):
+    recipe = cqsnn.replace(RECIPE, optimizer=optimizer)
+    params, state, losses = trained(recipe, 6, threads=1)
+    half, half_state, _ = trained(recipe, 3, threads=2)
+    resumed = trained(recipe, 6, threads=3, start=(half, half_state, 3))
+    whole = trained(recipe, 6, threads=3)
+    for other, other_state, other_losses in (whole, resumed):
+        assert {k: v.tobytes() for k, v in other.items()} == {
+            k: v.tobytes() for k, v in params.items()
+        }
+        assert {k: v.tobytes() for k, v in other_state.items()} == {
+            k: v.tobytes() for k, v in state.items()
+        }
+        assert other_losses == losses[-len(other_losses) :]
+
+
+def test_training_learns_and_accuracy_counts_it():
+    params, _, losses = trained(RECIPE, 6)
+    assert losses[2][0] < losses[0][0]
+    right = cqsnn.accuracy(NET, params, *data(), RECIPE, "quantize", batch=7)
+    x = cqsnn.network_input(data()[0], 8, "spikes")
+    logits, _ = cqsnn.forward(NET, params, x, "quantize", 8)
+    assert right == (logits.argmax(1) == data()[1]).mean()
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_epoch():
+    params = cqsnn.init_params(NET, (6, 6, 1), 2, np.random.default_rng(0))
+    params["4.b"][:] = np.nan
+    with pytest.raises(FloatingPointError, match=r"epoch 1 \(clamp\): the loss is nan"):
+        cqsnn.train_epoch(NET, params, {}, *data(), RECIPE, 0, 0, lambda n: None)
