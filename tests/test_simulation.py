@@ -142,7 +142,7 @@ def test_streaming_and_synchronous_are_delays_0_and_t():
     assert cqsnn.delay_of("streaming", 9) == cqsnn.delay_of(0, 9) == cqsnn.delay_of("0", 9) == 0
     assert cqsnn.delay_of("synchronous", 9) == cqsnn.delay_of("9", 9) == 9
     for bad in ("10", 10, -1, "-1", "slow", True, 1.5, ""):
-        with pytest.raises(ValueError, match="schedule: .* expected streaming, synchronous"):
+        with pytest.raises(ValueError, match=r"schedule: .* expected streaming, synchronous"):
             cqsnn.delay_of(bad, 9)
 
 
