@@ -209,6 +209,8 @@ def previous_run(folder, settings, epochs, resume):
             raise ValueError(f"--resume: {path}: no such file, expected a run to go on with")
         return None
     params, state, meta = cqsnn.load_model(path)
+    if not {"settings", "epoch", "log"} <= set(meta):
+        raise ValueError(f"{path}: not a whole checkpoint: no settings, epoch or log in meta")
     theirs = meta["settings"]
     for name in settings | theirs:
         if settings.get(name) != theirs.get(name):

@@ -1,8 +1,13 @@
-"""The command line as users meet it: runs, resuming, and one clear line for bad input."""
+"""The real command line, in a folder of its own: bad input, the run folder, law 14."""
 
+import contextlib
+import functools
+import importlib.util
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -11,203 +16,476 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
-QUICK = ("--clamp-epochs", "1", "--quantize-epochs", "1", "--limit", "80", "--steps", "8")
-LONG = ("--clamp-epochs", "30", "--quantize-epochs", "3", "--limit", "400", "--steps", "4")
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--limit", "100", "--steps", "8"]
+QUICK = ["--clamp-epochs", "1", "--quantize-epochs", "1", *SMALL]
+COMMAND = [sys.executable, str(ROOT / "train_cq.py")]
 
 
-def start(*options, cwd):
-    """Start train_cq.py in the folder cwd."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_cq.py"), *map(str, options)],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def train_cq(folder, *arguments):
+    """Run the command line in a folder; return its exit status, stdout and stderr."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=120
     )
 
 
-def run(*options, cwd):
-    """Run train_cq.py to its end; return status, output, errors."""
-    process = start(*options, cwd=cwd)
-    output, errors = process.communicate(timeout=120)
-    return process.returncode, output, errors
+def assert_works(done):
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def assert_refused(*options, cwd, names):
-    """Status 2, and one line on stderr that holds every one of `names`; no traceback."""
-    status, _, errors = run(*options, cwd=cwd)
-    assert status == 2, errors
-    assert len(errors.splitlines()) == 1, errors
-    assert "Traceback" not in errors
-    for name in names:
-        assert name in errors, errors
+def assert_refused(done, *says):
+    """Exit status 2 and one line on stderr, with all of these in it."""
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"train_cq: [^\n]+\n", done.stderr)
+    for part in says:
+        assert part in done.stderr
+
+
+def arrays_of(path):
+    """Name, type, shape and bytes of each array of a .npz, but for `meta`, which holds seconds."""
+    with np.load(path, allow_pickle=False) as file:
+        return {
+            key: (file[key].dtype.str, file[key].shape, file[key].tobytes())
+            for key in file.files
+            if key != "meta"
+        }
+
+
+def assert_same_bits(run, other):
+    for name in ("model.npz", "snn.npz"):
+        assert arrays_of(run / name) == arrays_of(other / name)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder in which runs/digits-digits is over, and what the run printed."""
-    folder = tmp_path_factory.mktemp("finished")
-    status, output, errors = run(*QUICK, "--weight-bits", "8", "4", cwd=folder)
-    assert (status, errors) == (0, "")
-    return folder, output
+def quick(tmp_path_factory):
+    """The folder in which a small training has run, into `run`."""
+    folder = tmp_path_factory.mktemp("quick")
+    assert_works(train_cq(folder, *QUICK, "--out", "run"))
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        (["--net", "vgg99"], ["--net", "vgg99", "vgg16"]),
-        (["--dataset", "svhn"], ["--dataset", "svhn", "cifar10"]),
-        (["--schedule", "soon"], ["schedule", "soon", "streaming"]),
-        (["--schedule", "9", "--steps", "8"], ["schedule", "9", "0 to 8"]),
-        (["--steps", "0"], ["--steps", "0", "expected 1"]),
-        (["--steps", "four"], ["--steps", "four"]),
-        (["--levels", "0"], ["--levels", "0"]),
-        (["--shift", "0.3"], ["--shift", "0.3", "0 or 0.5"]),
-        (["--weight-bits", "17"], ["--weight-bits", "17", "2 to 16"]),
-        (["--lr", "-1"], ["--lr", "-1"]),
-        (["--dropout", "1"], ["--dropout", "1"]),
-        (["--encoding", "rate"], ["--encoding", "rate", "spikes"]),
-        (["--optimizer", "sgd"], ["--optimizer", "sgd", "adam"]),
-        (["--limit", "0"], ["--limit", "0"]),
-        (["--seed", "-1"], ["--seed", "-1"]),
-        (["--clamp-epochs", "0", "--quantize-epochs", "0"], ["no stage"]),
-        (["--device", "tpu"], ["--device", "tpu", "gpu"]),
-        (["--net", "vgg11"], ["layer 9 (pool 2x2)", "1x1", "2x2"]),
-        (["--dataset", "mnist"], ["data/mnist", "train-images-idx3-ubyte", "https://"]),
-        (["--resume"], ["--resume", "model.npz"]),
-        (["--simulate", "none.npz"], ["none.npz", "no such file"]),
-        (["--colour"], ["--colour"]),
-    ],
-    ids=lambda value: " ".join(value[:2]),
-)
-def test_bad_options_end_with_one_line(options, names, tmp_path):
-    assert_refused(*options, cwd=tmp_path, names=names)
+# Bad input ----------------------------------------------------------------------------------------
+
+REFUSED = {
+    "network": (["--net", "resnet"], ["--net", "'resnet'", "digits", "vgg19-tp"]),
+    "data set": (["--dataset", "emnist"], ["--dataset", "'emnist'", "fashion-mnist", "cifar100"]),
+    "schedule": (["--schedule", "soon"], ["schedule", "'soon'", "streaming", "synchronous"]),
+    "a second schedule": (["--schedule", "1", "late"], ["'late'", "synchronous"]),
+    "no schedule": (["--schedule"], ["--schedule"]),
+    "delay above T": (["--steps", "8", "--schedule", "9"], ["schedule", "'9'", "0 to 8"]),
+    "negative delay": (["--schedule", "-1"], ["-1"]),
+    "delay 1.5": (["--schedule", "1.5"], ["'1.5'", "0 to 32"]),
+    "T of 0": (["--steps", "0"], ["--steps", ": 0", "1"]),
+    "T of 1.5": (["--steps", "1.5"], ["--steps", "1.5"]),
+    "T in words": (["--steps", "many"], ["--steps", "'many'"]),
+    "levels": (["--levels", "0"], ["--levels", ": 0", "1"]),
+    "shift": (["--shift", "0.25"], ["--shift", "0.25", "0 or 0.5"]),
+    "shift nan": (["--shift", "nan"], ["--shift", "nan", "0 or 0.5"]),
+    "encoding": (["--encoding", "rate"], ["--encoding", "'rate'", "spikes", "direct"]),
+    "optimizer": (["--optimizer", "sgd"], ["--optimizer", "'sgd'", "adam", "muon"]),
+    "device": (["--device", "tpu"], ["--device", "'tpu'", "auto", "cpu", "gpu"]),
+    "batch": (["--batch", "0"], ["--batch", ": 0"]),
+    "rate 0": (["--lr", "0"], ["--lr", "0.0", "more than 0"]),
+    "rate inf": (["--lr", "inf"], ["--lr", "inf"]),
+    "rate nan": (["--lr", "nan"], ["--lr", "nan"]),
+    "smoothing": (["--smoothing", "1"], ["--smoothing", "1.0"]),
+    "dropout": (["--dropout", "-0.1"], ["--dropout", "-0.1"]),
+    "dropout 1": (["--dropout", "1"], ["--dropout", "1.0"]),
+    "move": (["--move", "-1"], ["--move", "-1"]),
+    "epochs": (["--clamp-epochs", "-1"], ["--clamp-epochs", "-1"]),
+    "no epochs": (["--clamp-epochs", "0", "--quantize-epochs", "0"], ["epochs"]),
+    "1 bit": (["--weight-bits", "1"], ["--weight-bits", ": 1", "2 to 16"]),
+    "17 bits": (["--weight-bits", "8", "17"], ["--weight-bits", "17", "2 to 16"]),
+    "seed": (["--seed", "-1"], ["--seed", "-1"]),
+    "limit": (["--limit", "0"], ["--limit", ": 0"]),
+    "threads": (["--threads", "0"], ["--threads", ": 0"]),
+    "unknown option": (["--colour", "red"], ["--colour"]),
+    "a stray word": (["digits"], ["digits"]),
+    "image size": (["--net", "vgg11"], ["layer 9", "pool", "1x1", "2x2"]),
+    "lenet on digits": (["--net", "lenet*"], ["layer 3", "conv 3x3", "input 2x2", "3x3"]),
+    "no data set": (
+        ["--dataset", "cifar10", "--data-dir", "none"],
+        ["none/cifar-10-batches-bin/data_batch_1.bin", "test_batch.bin", "https://"],
+    ),
+    "no digits": (["--data-dir", "none"], ["none/digits/train-images", "data/digits"]),
+    "no SNN file": (["--simulate", "none.npz"], ["none.npz", "no such file"]),
+    "a folder for an SNN": (["--simulate", "."], ["."]),
+    "nothing to resume": (["--resume", "--out", "none"], ["--resume", "none/model.npz"]),
+}
 
 
-def test_gpu_without_cupy_or_device_ends_with_one_line(tmp_path):
-    try:
-        import cupy
-
-        cupy.zeros(1)
-        pytest.skip("a GPU is here")
-    except Exception:
-        assert_refused("--device", "gpu", cwd=tmp_path, names=["--device gpu", "CuPy"])
+@pytest.mark.parametrize("arguments, says", REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_in_one_line(arguments, says, tmp_path):
+    done = train_cq(tmp_path, *arguments)
+    assert_refused(done, *says)
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert left == []
 
 
-def test_damaged_data_ends_with_one_line(tmp_path):
-    folder = tmp_path / "data" / "mnist"
+def test_gpu_without_cupy_is_refused(tmp_path):
+    if importlib.util.find_spec("cupy"):
+        pytest.skip("CuPy is installed")
+    assert_refused(train_cq(tmp_path, "--device", "gpu"), "--device gpu", "CuPy", "cupy-cuda")
+
+
+def test_truncated_data_file_is_refused(tmp_path):
+    folder = tmp_path / "data" / "digits"
     folder.mkdir(parents=True)
-    (folder / "train-images-idx3-ubyte").write_bytes(bytes((0, 0, 8, 3)) + bytes(99))
-    for name in ("train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        (folder / f"{name}-ubyte").write_bytes(b"")
-    options = ("--dataset", "mnist")
-    assert_refused(*options, cwd=tmp_path, names=["train-images-idx3-ubyte", "103 bytes"])
+    for path in (ROOT / "data" / "digits").glob("*.gz"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:9999])
+    where = "data/digits/train-images-idx3-ubyte.gz"
+    assert_refused(train_cq(tmp_path, *QUICK), where, "damaged")
+    path.unlink()
+    plain = folder / "train-images-idx3-ubyte"
+    plain.write_bytes(struct.pack(">4B3I", 0, 0, 8, 3, 1297, 8, 8) + bytes(1000))
+    where = "data/digits/train-images-idx3-ubyte:"
+    assert_refused(train_cq(tmp_path, *QUICK), where, "1016 bytes", "1297x8x8")
 
 
-def test_a_run_folder_that_cannot_be_written_ends_with_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert_refused(*QUICK, "--out", "file/run", cwd=tmp_path, names=["--out", "file/run"])
+def spoiled_copy(path, copy, spoil):
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes(spoil(path.read_bytes()))
 
 
-def test_a_run_writes_its_folder(finished):
-    folder, output = finished[0] / "runs" / "digits-digits", finished[1]
-    report = json.loads((folder / "report.json").read_text())
-    keys = """command seed versions device dataset net encoding levels shift steps weight_bits
-        clamp_accuracy cq_accuracy integer_accuracy snn_accuracy curve wrong_counts moved_levels
-        scales spikes_per_neuron synops_per_image steps_to_answer macs_per_image
-        input_macs_per_image images seconds bits"""
-    assert set(keys.split()) <= set(report)
-    assert {"train", "convert", "simulate"} == set(report["seconds"])
-    schedules = {"streaming", "1", "2", "4", "synchronous"}
-    for key in ("snn_accuracy", "curve", "wrong_counts", "spikes_per_neuron", "steps_to_answer"):
-        assert set(report[key]) == schedules
-    assert report["snn_accuracy"]["synchronous"] == report["integer_accuracy"]
-    assert report["wrong_counts"]["synchronous"] == [0, 0, 0, 0]
-    assert all(len(curve) == 8 for curve in report["curve"].values())
-    assert all(report["curve"][s][-1] == report["snn_accuracy"][s] for s in schedules)
-    assert report["steps_to_answer"] == {
-        **{"streaming": 8, "1": 12, "2": 16, "4": 24, "synchronous": 40}
-    }
-    assert (report["images"], report["steps"], report["weight_bits"]) == (80, 8, 8)
-    assert [row["weight_bits"] for row in report["bits"]] == [8, 4]
-    # 9 weights of 32 channels at 64 pixels, less those that borders cut off; and so on
-    assert report["macs_per_image"] == (22 * 22) * 32 + (10 * 10) * 32 * 64 + 256 * 10
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [(line["epoch"], line["stage"]) for line in log] == [(1, "clamp"), (2, "quantize")]
-    assert (folder / "snn.npz").exists() and (folder / "model.npz").exists()
-    assert not list(folder.glob("*.partial"))
-    assert "steps to answer" in output and "synchronous" in output
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return
-    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+def flip_in_the_middle(data):
+    half = len(data) // 2
+    return data[:half] + bytes([data[half] ^ 0x10]) + data[half + 1 :]
 
 
-def test_an_snn_file_runs_at_other_steps(finished):
-    options = ("--simulate", "runs/digits-digits/snn.npz", "--limit", "30", "--steps", "5")
-    status, output, errors = run(*options, "--schedule", "streaming", "5", cwd=finished[0])
-    assert (status, errors) == (0, "")
-    assert "T = 5" in output and "delay 5" in output
-    assert_refused(*options, "--schedule", "6", cwd=finished[0], names=["schedule", "0 to 5"])
+DAMAGE = {
+    "truncated": lambda data: data[:-500],
+    "half": lambda data: data[: len(data) // 2],
+    "flipped": flip_in_the_middle,
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("spoil", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_checkpoint_is_refused_and_kept(spoil, quick, tmp_path):
+    path = tmp_path / "run" / "model.npz"
+    spoiled_copy(quick / "run" / "model.npz", path, spoil)
+    before = path.read_bytes()
+    for more in (["--resume"], []):
+        assert_refused(train_cq(tmp_path, *QUICK, "--out", "run", *more), "run/model.npz")
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("spoil", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_snn_file_is_refused(spoil, quick, tmp_path):
+    spoiled_copy(quick / "run" / "snn.npz", tmp_path / "bad.npz", spoil)
+    assert_refused(train_cq(tmp_path, *SMALL, "--simulate", "bad.npz"), "bad.npz: ")
 
 
 @pytest.mark.parametrize("name", ["model.npz", "snn.npz"])
-def test_damaged_and_foreign_files_end_with_one_line(finished, name, tmp_path):
-    data = (finished[0] / "runs" / "digits-digits" / name).read_bytes()
-    run_folder = tmp_path / "run"
-    run_folder.mkdir()
-    options = (
-        [*QUICK, "--out", "run", "--resume"]
-        if name == "model.npz"
-        else ["--simulate", f"run/{name}"]
-    )
-    for damage in (data[:-100], data[:1000] + bytes(50) + data[1050:], b"", b"text"):
-        (run_folder / name).write_bytes(damage)
-        assert_refused(*options, cwd=tmp_path, names=[f"run/{name}", "damaged"])
-    np.savez(run_folder / name, format=f"cqsnn-{name.split('.')[0]}/2")
-    assert_refused(*options, cwd=tmp_path, names=[f"run/{name}", "/2'", "/1'"])
+def test_files_of_another_version_are_refused(name, quick, tmp_path):
+    with np.load(quick / "run" / name) as file:
+        arrays = dict(file)
+    ours = str(arrays["format"])
+    arrays["format"] = np.array(ours.replace("/1", "/2"))
+    (tmp_path / "run").mkdir()
+    np.savez(tmp_path / "run" / name, **arrays)
+    how = ["--simulate", "run/snn.npz"] if name == "snn.npz" else ["--out", "run", "--resume"]
+    done = train_cq(tmp_path, *QUICK, *how)
+    assert_refused(done, f"run/{name}", f"{ours[:-1]}2", f"expected '{ours}'")
 
 
-def test_another_run_is_never_overwritten_nor_resumed(finished):
-    for extra in (["--lr", "0.5"], ["--lr", "0.5", "--resume"]):
-        names = ["digits-digits", "lr 0.003", "0.5"]
-        assert_refused(*QUICK, *extra, cwd=finished[0], names=names)
+def test_checkpoint_without_its_settings_is_refused(quick, tmp_path):
+    """A checkpoint of the right format by someone else."""
+    with np.load(quick / "run" / "model.npz") as file:
+        arrays = dict(file)
+    (tmp_path / "run").mkdir()
+    np.savez(tmp_path / "run" / "model.npz", **(arrays | {"meta": np.array("{}")}))
+    assert_refused(train_cq(tmp_path, *QUICK, "--out", "run", "--resume"), "run/model.npz")
 
 
-def arrays(folder):
-    """The bytes of all arrays of a run's files but the seconds in the checkpoint's meta."""
-    found = {}
-    for name in ("model.npz", "snn.npz"):
-        with np.load(folder / name) as file:
-            found |= {f"{name} {key}": file[key].tobytes() for key in file if key != "meta"}
-    return found
+def test_files_for_each_other_are_refused(quick):
+    done = train_cq(quick, *SMALL, "--simulate", "run/model.npz")
+    assert_refused(done, "run/model.npz", "cqsnn-model/1", "cqsnn-snn/1")
 
 
-def test_law_14_two_runs_give_the_same_bits_for_any_number_of_threads(finished, tmp_path):
-    status, _, errors = run(*QUICK, "--threads", "1", "--out", "other", cwd=tmp_path)
-    assert (status, errors) == (0, "")
-    assert arrays(tmp_path / "other") == arrays(finished[0] / "runs" / "digits-digits")
+def test_images_that_the_snn_file_does_not_take_are_refused(quick, tmp_path):
+    folder = tmp_path / "data" / "mnist"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = struct.pack(">4B3I", 0, 0, 8, 3, 2, 28, 28) + bytes(2 * 28 * 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">4B1I", 0, 0, 8, 1, 2) + bytes(2)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    snn = quick / "run" / "snn.npz"
+    done = train_cq(tmp_path, "--dataset", "mnist", "--simulate", snn)
+    assert_refused(done, "28, 28, 1", "8, 8, 1")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_law_14_an_interrupted_run_resumes_to_the_same_bits(how, tmp_path):
-    process = start(*LONG, "--out", "stopped", cwd=tmp_path)
-    while not (tmp_path / "stopped" / "model.npz").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    second = run(*LONG, "--out", "stopped", cwd=tmp_path)
-    assert second[0] == 2 and "another process is writing" in second[2]
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    if how is signal.SIGINT:
-        assert process.returncode == 130
-        assert errors.splitlines() == ["interrupted; the same command with --resume goes on"]
-    assert_refused(*LONG, "--out", "stopped", cwd=tmp_path, names=["stopped", "--resume"])
-    status, _, errors = run(*LONG, "--out", "stopped", "--resume", cwd=tmp_path)
-    assert (status, errors) == (0, "")
-    assert run(*LONG, "--out", "whole", cwd=tmp_path)[0] == 0
-    assert arrays(tmp_path / "stopped") == arrays(tmp_path / "whole")
+def test_output_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("a regular file")
+    for out in ("file", "file/run", "/proc/none/run"):
+        assert_refused(train_cq(tmp_path, *QUICK, "--out", out), "--out", out)
+    assert (tmp_path / "file").read_text() == "a regular file"
+
+
+OTHER_SETTINGS = {
+    "seed": ["--seed", "1"],
+    "limit": ["--limit", "99"],
+    "steps": ["--steps", "9", "--levels", "8"],
+    "lr": ["--lr", "0.01"],
+    "quantize_epochs": ["--quantize-epochs", "2"],
+    "dropout": ["--dropout", "0.5"],
+    "shift": ["--shift", "0.5"],
+}
+
+
+@pytest.mark.parametrize("name, arguments", OTHER_SETTINGS.items(), ids=OTHER_SETTINGS)
+def test_resume_with_other_settings_is_refused(name, arguments, quick):
+    before = (quick / "run" / "model.npz").read_bytes()
+    done = train_cq(quick, *QUICK, *arguments, "--out", "run", "--resume")
+    assert_refused(done, "run", name, arguments[-1] if name != "steps" else "9")
+    assert (quick / "run" / "model.npz").read_bytes() == before
+
+
+# What a run writes --------------------------------------------------------------------------------
+
+REPORT = {
+    *("command", "seed", "versions", "device", "dataset", "net", "encoding", "levels", "shift"),
+    *("steps", "weight_bits", "clamp_accuracy", "cq_accuracy", "integer_accuracy"),
+    *("snn_accuracy", "curve", "wrong_counts", "moved_levels", "scales", "spikes_per_neuron"),
+    *("synops_per_image", "steps_to_answer", "macs_per_image", "input_macs_per_image"),
+    *("images", "seconds"),
+}
+SCHEDULES = ["streaming", "1", "2", "4", "synchronous"]
+FIRING = 4  # layers of `digits`: 32C3-A-64C3-A-FC, the last of which does not fire
+
+
+def report_of(run):
+    return json.loads((run / "report.json").read_text())
+
+
+def test_run_folder_holds_what_is_documented(quick):
+    expected = {"model.npz", "snn.npz", "log.jsonl", "report.json"}
+    if importlib.util.find_spec("matplotlib"):
+        expected |= {"curve.png"}
+        assert (quick / "run" / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert {path.name for path in (quick / "run").iterdir()} - {".lock"} == expected
+    lines = [json.loads(line) for line in (quick / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["stage"]) for line in lines] == [(1, "clamp"), (2, "quantize")]
+    report = report_of(quick / "run")
+    assert report["clamp_accuracy"] == lines[0]["test_accuracy"]
+    assert report["cq_accuracy"] == lines[1]["test_accuracy"]
+
+
+def test_report_has_every_documented_key(quick):
+    report = report_of(quick / "run")
+    assert report.keys() >= REPORT
+    assert "relu_accuracy" not in report
+    chosen = {"seed": 0, "dataset": "digits", "net": "digits", "encoding": "spikes", "levels": 8}
+    chosen |= {"shift": 0, "steps": 8, "weight_bits": 8, "images": 100, "input_macs_per_image": 0}
+    assert {name: report[name] for name in chosen} == chosen
+    assert report["seconds"].keys() == {"train", "convert", "simulate"}
+    assert report["command"].startswith("python train_cq.py ")
+    assert report["versions"]["numpy"] == np.__version__
+
+
+def test_figures_of_a_report_agree(quick):
+    report = report_of(quick / "run")
+    assert report["snn_accuracy"]["synchronous"] == report["integer_accuracy"]
+    assert report["wrong_counts"]["synchronous"] == [0.0] * FIRING
+    # T + d * (firing layers); synchronous has d = T
+    answers = dict(zip(SCHEDULES, (8, 12, 16, 24, 40)))
+    assert report["steps_to_answer"] == answers
+    for name in SCHEDULES:
+        curve = report["curve"][name]
+        assert len(curve) == 8 and curve[-1] == report["snn_accuracy"][name]
+        assert len(report["wrong_counts"][name]) == FIRING
+        assert 0 <= report["spikes_per_neuron"][name] <= 8
+        # a count of images, as a fraction of them
+        assert all(abs(100 * x - round(100 * x)) < 1e-9 for x in curve)
+    # 8x8x32 from 3x3x1 and 4x4x64 from 3x3x32, less what lies over the border, and 256 to 10
+    met = sum(min(i, 1) + 1 + min(7 - i, 1) for i in range(8)) ** 2
+    met_small = sum(min(i, 1) + 1 + min(3 - i, 1) for i in range(4)) ** 2
+    assert report["macs_per_image"] == met * 32 + met_small * 32 * 64 + 256 * 10
+    assert len(report["moved_levels"]) == FIRING
+    assert [row is None for row in report["scales"]] == [False, True, False, True, False]
+    for scale, largest in (row for row in report["scales"] if row):
+        # largest is a float64 of a float32's product: 127 / largest may round to a whole number
+        assert scale == int(127 / largest)
+
+
+def test_several_widths_give_a_row_each(tmp_path):
+    wide = ["--weight-bits", "4", "2", "16", "--schedule", "synchronous", "3", "--out", "run"]
+    done = train_cq(tmp_path, *QUICK, *wide, "--relu-epochs", "1", "--encoding", "direct")
+    assert done.returncode == 0, done.stderr
+    report = report_of(tmp_path / "run")
+    assert [row["weight_bits"] for row in report["bits"]] == [4, 2, 16]
+    for name, value in report["bits"][0].items():
+        assert report[name] == value
+    for row in report["bits"]:
+        assert list(row["snn_accuracy"]) == ["synchronous", "3"]
+        assert row["snn_accuracy"]["synchronous"] == row["integer_accuracy"]
+        for scale, largest in (scales for scales in row["scales"] if scales):
+            assert scale == int((2 ** (row["weight_bits"] - 1) - 1) / largest)
+    assert report["encoding"] == "direct" and 0 <= report["relu_accuracy"] <= 1
+    assert report["input_macs_per_image"] == 22 * 22 * 32  # one channel, 3x3, borders respected
+    with np.load(tmp_path / "run" / "snn.npz") as file:
+        network = json.loads(str(file["network"]))
+        assert network["weight_bits"] == 4
+        assert np.abs(file["2.w"]).max() <= 7 * network["unit"]
+    assert all(f"{bits}-bit weights" in done.stdout for bits in (4, 2, 16))
+
+
+def test_levels_other_than_steps_have_no_moved_levels(tmp_path):
+    few = ["--levels", "4", "--shift", "0.5", "--optimizer", "muon", "--smoothing", "0.1"]
+    more = ["--dropout", "0.1", "--move", "1", "--flip", "--out", "run"]
+    assert_works(train_cq(tmp_path, *QUICK, *few, *more))
+    report = report_of(tmp_path / "run")
+    assert (report["levels"], report["steps"], report["shift"]) == (4, 8, 0.5)
+    assert "moved_levels" not in report
+    assert report["snn_accuracy"]["synchronous"] == report["integer_accuracy"]
+
+
+def test_simulate_runs_a_file_at_another_number_of_steps(quick, tmp_path):
+    snn = quick / "run" / "snn.npz"
+    before = snn.read_bytes()
+    schedules = ["--schedule", "synchronous", "3", "streaming"]
+    how = ["--simulate", snn, "--limit", "50", *schedules]
+    done = train_cq(tmp_path, *how, "--steps", "5", "--out", "out")
+    assert_works(done)
+    rows = done.stdout.splitlines()
+    assert "T = 5" in rows[0]
+    assert [row.split()[0] for row in rows[-3:]] == ["synchronous", "delay", "streaming"]
+    report = report_of(tmp_path / "out")
+    assert report["steps_to_answer"] == {"synchronous": 25, "3": 17, "streaming": 5}
+    assert report["snn_accuracy"]["synchronous"] == report["integer_accuracy"]
+    assert report["images"] == 50
+    assert snn.read_bytes() == before
+    assert_refused(train_cq(tmp_path, *how, "--steps", "2"), "'3'", "0 to 2")
+    assert_refused(train_cq(tmp_path, *how, "--steps", "0"), "--steps", ": 0")
+
+
+def test_simulate_at_its_own_steps_repeats_the_report(quick):
+    done = train_cq(quick, "--simulate", "run/snn.npz", "--limit", "100", "--out", "again")
+    assert_works(done)
+    first, again = report_of(quick / "run"), report_of(quick / "again")
+    for name in ("integer_accuracy", "snn_accuracy", "curve", "wrong_counts", "synops_per_image"):
+        assert again[name] == first[name]
+
+
+# Law 14 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+def test_same_seed_gives_the_same_bits_for_any_number_of_threads(threads, quick, tmp_path):
+    assert_works(train_cq(tmp_path, *QUICK, "--threads", threads, "--out", "run"))
+    assert_same_bits(quick / "run", tmp_path / "run")
+    ours, theirs = report_of(quick / "run"), report_of(tmp_path / "run")
+    for name in REPORT - {"command", "seconds"}:
+        assert ours[name] == theirs[name]
+
+
+def test_another_seed_gives_other_bits(quick, tmp_path):
+    assert_works(train_cq(tmp_path, *QUICK, "--seed", "1", "--out", "run"))
+    ours, theirs = (arrays_of(folder / "run" / "model.npz") for folder in (quick, tmp_path))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[key] != theirs[key] for key in ours if key.endswith(".w"))
+
+
+# dropout, moved images and label smoothing draw at random: their draws must resume too
+LONG = ["--clamp-epochs", "9", "--quantize-epochs", "9", "--limit", "500", "--steps", "8"]
+LONG += ["--dropout", "0.1", "--move", "1", "--smoothing", "0.1", "--schedule", "streaming"]
+LONG += ["--out", "run"]
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """The folder of a run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("unstopped")
+    assert_works(train_cq(folder, *LONG))
+    return folder
+
+
+@contextlib.contextmanager
+def started(folder, *arguments):
+    """Start the command line; kill it if it still runs in the end."""
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def stop_after_epochs(running, epochs, number):
+    """Read until this many epochs are over, send the signal; return what stderr said."""
+    seen = 0
+    for line in running.stdout:
+        seen += line.startswith("epoch ")
+        if seen == epochs:
+            break
+    running.send_signal(number)
+    running.stdout.read()
+    errors = running.stderr.read()
+    running.wait(60)
+    return errors
+
+
+def epochs_done(folder):
+    with np.load(folder / "run" / "model.npz", allow_pickle=False) as file:
+        return json.loads(str(file["meta"]))["epoch"]
+
+
+def test_interrupted_run_goes_on_to_the_same_bits(unstopped, tmp_path):
+    with started(tmp_path, *LONG) as running:
+        errors = stop_after_epochs(running, 1, signal.SIGINT)
+    assert running.returncode == 130
+    assert re.fullmatch(r"interrupted[^\n]*--resume[^\n]*\n", errors)
+    assert 1 <= epochs_done(tmp_path) < 18
+    assert not (tmp_path / "run" / "snn.npz").exists()
+    # not without --resume: a run that is not over is not thrown away
+    assert_refused(train_cq(tmp_path, *LONG), "run", "--resume")
+    assert_works(train_cq(tmp_path, *LONG, "--resume"))
+    assert_same_bits(unstopped / "run", tmp_path / "run")
+    logs = [(folder / "run" / "log.jsonl").read_text() for folder in (unstopped, tmp_path)]
+    same = functools.partial(re.sub, r'"seconds": [0-9.e-]+', "")
+    assert same(logs[0]) == same(logs[1])
+    assert len(logs[1].splitlines()) == 18
+
+
+def test_killed_run_goes_on_to_the_same_bits(unstopped, tmp_path):
+    """Killed in each stage, once in the middle of it and once near the change."""
+    for more, epochs in (([], 2), (["--resume"], 7), (["--resume"], 3)):
+        with started(tmp_path, *LONG, *more) as running:
+            stop_after_epochs(running, epochs, signal.SIGKILL)
+        assert running.returncode == -signal.SIGKILL
+    assert 12 <= epochs_done(tmp_path) < 18
+    assert_works(train_cq(tmp_path, *LONG, "--resume", "--threads", "1"))
+    assert_same_bits(unstopped / "run", tmp_path / "run")
+
+
+def test_resume_of_a_run_that_is_over_changes_no_bit(quick, tmp_path):
+    (tmp_path / "run").mkdir()
+    model = (quick / "run" / "model.npz").read_bytes()
+    (tmp_path / "run" / "model.npz").write_bytes(model)
+    assert_works(train_cq(tmp_path, *QUICK, "--out", "run", "--resume"))
+    assert (tmp_path / "run" / "model.npz").read_bytes() == model
+    assert_same_bits(quick / "run", tmp_path / "run")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="run folders are not locked on Windows")
+def test_run_folder_belongs_to_one_process(tmp_path):
+    with started(tmp_path, *LONG) as running:
+        assert running.stdout.readline()
+        while not (tmp_path / "run" / "model.npz").exists():
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGSTOP)  # it keeps the lock, and stays where it is
+        assert_refused(train_cq(tmp_path, *LONG), "run", "another process")
+        assert_refused(train_cq(tmp_path, *LONG, "--resume"), "run", "another process")
+        running.kill()
+        running.communicate()
+    assert_works(train_cq(tmp_path, *LONG, "--resume"))  # the lock went with the process
