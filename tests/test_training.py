@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import threadpoolctl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -198,3 +199,17 @@ def test_a_loss_that_is_not_finite_stops_with_its_epoch():
     params["4.b"][:] = np.nan
     with pytest.raises(FloatingPointError, match=r"epoch 1 \(clamp\): the loss is nan"):
         cqsnn.train_epoch(NET, params, {}, *data(), RECIPE, 0, 0, lambda n: None)
+
+
+def test_blas_keeps_to_one_thread_while_shards_are_worked():
+    """More would split a product by the machine's cores, and so change its bits."""
+
+    def blas_threads(_):
+        infos = threadpoolctl.threadpool_info()
+        return [info["num_threads"] for info in infos if info["user_api"] == "blas"]
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        for threads in (1, 2):
+            found = cqsnn.over_shards(blas_threads, [np.zeros(1)] * 4, threads=threads)
+            assert found and all(set(counts) == {1} for counts in found)
+        assert set(blas_threads(None)) == {2}  # and is given back
