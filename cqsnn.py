@@ -490,7 +490,7 @@ def output_shapes(net, shape, classes):
 def init_params(net, shape, classes, rng):
     """Return float32 parameters for images of `shape` (H, W, C), drawn from the Generator rng.
     Weights are normal with variance 2 / fan-in (1 / fan-in for the last layer), a trainable
-    pooling starts as the mean, batch normalisation as the identity with zero shift."""
+    pooling starts as the mean, batch normalisation with gamma GAMMA_START and beta 0."""
     params, outputs = {}, output_shapes(net, shape, classes)
     for i, (layer, before, out) in enumerate(zip(net, [shape, *outputs], outputs)):
         if layer.kind == "pool":

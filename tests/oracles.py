@@ -28,6 +28,25 @@ def loop_depthwise(x, w, stride, pad):
     return loop_conv(x, full, stride, pad)
 
 
+def loop_pool(x, size):
+    """The sum of every whole K x K square; odd rows and columns at the end are dropped."""
+    n, height, width, channels = x.shape
+    z = np.zeros((n, height // size, width // size, channels))
+    for image, i, j, c in np.ndindex(z.shape):
+        for k, m in itertools.product(range(size), repeat=2):
+            z[image, i, j, c] += x[image, i * size + k, j * size + m, c]
+    return z
+
+
+def loop_dense(x, w):
+    """Sums over all pixels of an image in the order rows, columns, channels. w (in, O)."""
+    z = np.zeros((len(x), w.shape[1]))
+    for image, o in np.ndindex(z.shape):
+        for place, index in enumerate(np.ndindex(x.shape[1:])):
+            z[image, o] += x[(image, *index)] * w[place, o]
+    return z
+
+
 def central_difference(f, array, index, step=1e-6):
     """The slope of f() by one element of `array`, which f reads and we move in place."""
     value = array[index]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_gradient, loop_conv, loop_depthwise
+from oracles import assert_gradient, loop_conv, loop_dense, loop_depthwise, loop_pool
 
 import cqsnn
 
@@ -17,7 +17,7 @@ geometry = st.tuples(
 
 
 @given(geometry)
-def test_convolutions_equal_their_definition_on_whole_numbers(shape):
+def test_weighted_sums_equal_their_definitions_on_whole_numbers(shape):
     n, height, width, channels, size, stride, pad, seed = shape
     rng = np.random.default_rng(seed)
     x = rng.integers(0, 9, (n, height, width, channels))
@@ -26,8 +26,40 @@ def test_convolutions_equal_their_definition_on_whole_numbers(shape):
     per_channel = w[..., 0]
     ours, _ = cqsnn.depthwise(x, per_channel, stride, pad)
     assert (ours == loop_depthwise(x, per_channel, stride, pad)).all()
-    ones = np.ones((size, size, channels))
-    assert (cqsnn.sum_pool(x, size, np.float64)[0] == loop_depthwise(x, ones, size, 0)).all()
+    assert (cqsnn.sum_pool(x, size, np.float64)[0] == loop_pool(x, size)).all()
+    matrix = rng.integers(-9, 9, (x[0].size, 2)).astype(np.float64)
+    assert (cqsnn.dense(x, matrix)[0] == loop_dense(x, matrix)).all()
+
+
+@pytest.mark.parametrize(("stride", "pad"), [(1, 1), (2, 0)])
+def test_law_1_convolution_backward_is_the_exact_adjoint_over_many_blocks(stride, pad):
+    """conv is linear in x and in w: <dz, conv(x, v)> = <dw, v> and <dz, conv(y, w)> = <dx, y>.
+    im2col works on about 1,024 rows at a time; these images need several blocks."""
+    rng = np.random.default_rng(stride)
+    x, y = rng.integers(-4, 5, (2, 5, 21 * stride, 20 * stride, 2)).astype(np.float64)
+    w, v = rng.integers(-4, 5, (2, 3, 3, 2, 1)).astype(np.float64)
+    z, cache = cqsnn.conv(x, w, stride, pad)
+    assert z.size > 1024 and (z == loop_conv(x, w, stride, pad)).all()
+    dz = rng.integers(-4, 5, z.shape).astype(np.float64)
+    dx, grads = cqsnn.conv_backward(dz, cache)
+    assert (dz * loop_conv(x, v, stride, pad)).sum() == (grads["w"] * v).sum()
+    assert (dz * loop_conv(y, w, stride, pad)).sum() == (dx * y).sum()
+    none, same = cqsnn.conv_backward(dz, cache, input_gradient=False)
+    assert none is None and (same["w"] == grads["w"]).all()
+
+
+@given(st.integers(1, 300))
+def test_shards_of_a_batch_depend_on_its_length_alone(n):
+    parts = cqsnn.shards(n)
+    assert [i for part in parts for i in range(n)[part]] == list(range(n))
+    assert len(parts) == max(1, min(8, n // 8))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_sums_over_shards_are_closed_in_shard_order():
+    parts = [np.array(x) for x in (1.0, 1e16, -1e16, 3.0)]
+    assert cqsnn.sum_over_shards(parts) == ((1.0 + 1e16) - 1e16) + 3.0 == 3.0
 
 
 @given(geometry)
@@ -90,6 +122,19 @@ def test_running_statistics_move_by_the_momentum_in_place():
     np.testing.assert_allclose(var, 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_backward_does_not_see_running_statistics_move_after_its_forward(dtype):
+    rng = np.random.default_rng(0)
+    z, dz = rng.normal(size=(2, 9, 2, 2, 3)).astype(dtype)
+    gamma, beta, mean, var = rng.uniform(0.5, 2, (4, 3)).astype(dtype)
+    _, cache = cqsnn.batch_norm([z], gamma, beta, mean, var, False)
+    (expected,), before = cqsnn.batch_norm_backward([dz.copy()], cache)
+    mean += 1
+    var += 1
+    (dx,), after = cqsnn.batch_norm_backward([dz.copy()], cache)
+    assert (dx == expected).all() and all((after[k] == before[k]).all() for k in before)
+
+
 def test_batch_norm_of_a_channel_without_variance_is_beta():
     z = np.full((9, 2, 2, 1), 1e4, np.float32)
     stats = np.zeros(1, np.float32), np.ones(1, np.float32)
@@ -109,6 +154,12 @@ def test_law_1_cq_has_whole_levels_and_its_stated_backward(levels, shift, seed):
     da = rng.normal(size=u.shape)
     du, _ = cqsnn.activate_backward(da.copy(), inside)
     assert (du == np.where((u > 0) & (u < 1), da, 0)).all()
+
+
+def test_relu_passes_the_gradient_above_zero_alone():
+    u = np.array([-1.0, 0.0, 5e-324, 1.0, 9.0])
+    a, inside = cqsnn.activate(u, "relu")
+    assert (a == [0, 0, 5e-324, 1, 9]).all() and inside.tolist() == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("levels", [3, 29, 57, 58, 100])
@@ -167,7 +218,7 @@ NET = (
 MEAN_NET = cqsnn.network("3C3-A-4C2p0-GFC")
 
 
-@pytest.mark.parametrize("net", [NET, MEAN_NET])
+@pytest.mark.parametrize("net", [NET, MEAN_NET, cqsnn.with_dropout(NET, 0.3)])
 @pytest.mark.parametrize("activation", ["relu", "clamp"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("n", [1, 7, 17])
@@ -186,6 +237,71 @@ def test_law_1_gradient_of_a_whole_network(net, activation, training, n):
     assert set(grads) == {k for k in params if not k.endswith((".mean", ".var"))}
     for key, gradient in grads.items():
         assert_gradient(lambda: (run()[0] * dlogits).sum(), params[key], gradient, rng, 2)
+
+
+def loop_network(net, params, x, passed):
+    """The CNN by loops, in evaluation, on activations; passed(layer, i, u) goes to the next."""
+    for i, layer in enumerate(net):
+        p = {key.split(".")[1]: a for key, a in params.items() if key.startswith(f"{i}.")}
+        if layer.kind == "pool":
+            u = loop_pool(x, layer.size) / layer.size**2
+        elif layer.kind == "dense":
+            u = loop_dense(x.mean((1, 2)) if layer.mean else x, p["w"])
+        else:
+            loop = loop_conv if layer.kind == "conv" else loop_depthwise
+            u = loop(x, p["w"], layer.stride, layer.pad)
+        if layer.norm:
+            u = p["gamma"] * (u - p["mean"]) / np.sqrt(p["var"] + 1e-5) + p["beta"]
+        elif "b" in p:
+            u = u + p["b"]
+        x = passed(layer, i, u) if i < len(net) - 1 else u
+    return x
+
+
+@pytest.mark.parametrize("net", [NET, MEAN_NET])
+@pytest.mark.parametrize(("levels", "shift"), [(3, 0), (4, 0.5)])
+def test_law_1_straight_through_gradients_are_those_with_rounding_held_still(net, levels, shift):
+    """Straight through the floor: the gradient of the network that adds to each clamp(u) what
+    the floor took or gave at the point, as a constant. Few levels, so that values matter."""
+    rng = np.random.default_rng(levels)
+    params, x = random_params(net, (6, 7, 2), rng), rng.uniform(size=(2, 6, 7, 2))
+    dlogits, rounding = rng.normal(size=(2, 4)), {}
+
+    def quantized(layer, i, u):
+        clamped = np.clip(u, 0, 1)
+        # a mean of levels may end a rounding below a level: 1e-9 is far above float64's
+        k = np.floor(levels * clamped + shift + 1e-9)
+        rounding[i] = k / levels - clamped
+        return k / levels
+
+    def held(layer, i, u):  # a mean of values in [0, 1] is not clamped: its gradient is 1
+        return (u if layer.kind == "pool" else np.clip(u, 0, 1)) + rounding[i]
+
+    logits, tape = cqsnn.forward(net, params, x, "quantize", levels, shift)
+    # float64: sums of some tens of products of size 1
+    np.testing.assert_allclose(loop_network(net, params, x, quantized), logits, atol=1e-12)
+    for key, gradient in cqsnn.backward(net, params, tape, dlogits).items():
+
+        def loss():
+            return (loop_network(net, params, x, held) * dlogits).sum()
+
+        assert_gradient(loss, params[key], gradient, rng, 1)
+
+
+def test_dropout_is_of_convolutions_in_training_and_another_draw_for_each_shard():
+    net = cqsnn.with_dropout(NET, 0.5)
+    assert [getattr(layer, "dropout", None) for layer in net] == [0.5, None, 0.5, None, None, None]
+    assert cqsnn.with_dropout(net, 0.0) == NET
+    params, x = random_params(net, (9, 8, 2), np.random.default_rng(0)), np.ones((16, 9, 8, 2))
+    plain, _ = cqsnn.forward(NET, params, x)
+    evaluated, tape = cqsnn.forward(net, params, x)
+    assert (plain == evaluated).all() and all(entry.kept is None for entry in tape)
+    _, tape = cqsnn.forward(net, params, x, rng=np.random.default_rng(1))
+    for layer, entry in zip(net, tape, strict=True):
+        assert (entry.kept is not None) is (layer.kind == "conv")
+        if entry.kept is not None:
+            first, second = entry.kept
+            assert (first != second).any() and set(first.ravel()) == {0, 2}
 
 
 def test_law_1_straight_through_gradients_are_those_of_activations_not_of_levels():

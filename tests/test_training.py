@@ -1,5 +1,6 @@
 """Training: optimisers against plain arithmetic, augmentation by lookup, and law 14's bits."""
 
+import itertools
 import math
 
 import numpy as np
@@ -36,6 +37,30 @@ def test_muon_moves_convolutions_by_nearly_equal_singular_values(shape, seed):
     # lift the smallest ones by up to 3.44 ** 3: none stays below a few hundredths
     assert values.max() < 1.3
     assert np.median(values) > 0.5
+
+
+def equalised(g):
+    """The singular vectors of g, each value s / |g| put three times through Muon's quintic."""
+    u, s, v = np.linalg.svd(g / np.linalg.norm(g), full_matrices=False)
+    for _ in range(3):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4, 30), (3, 3, 8, 16), (3, 3, 1, 9)])
+def test_muon_equals_its_definition_by_singular_values(shape):
+    rng = np.random.default_rng(shape[3])
+    w = rng.normal(size=shape)
+    params, state, moment = {"0.w": w.copy()}, {}, 0
+    for rate in (0.1, 0.3):
+        g = rng.normal(size=shape)
+        cqsnn.muon(params, {"0.w": g}, state, rate)
+        moment = 0.6 * moment + g
+        step = equalised((g + 0.6 * moment).reshape(-1, shape[3])).reshape(shape)
+        w = w * math.sqrt(shape[3]) / np.linalg.norm(w) - rate * step
+        # norms are 1e-7 apart: the guard against an all-zero matrix; the quintic's slope at 0,
+        # 3.4 each time, makes 4e-6 of it
+        np.testing.assert_allclose(params["0.w"], w, atol=1e-5)
 
 
 def test_muon_is_nesterov_sgd_on_the_rest():
@@ -129,6 +154,23 @@ def test_networks_are_those_of_design(name, shape, convolutions, outputs):
             assert names == (set() if layer.kind == "pool" else {"w", "b"})
         if layer.kind == "depthwise":
             assert (params[f"{i}.w"] == 1 / 4).all()
+    channels = [shape[2], *(layer.channels for layer in net if layer.kind == "conv")]
+    kernels = [(f.size, f.size) for f in net if f.kind == "conv"]
+    found = [params[f"{i}.w"].shape for i, f in enumerate(net) if f.kind == "conv"]
+    pairs = itertools.pairwise(channels)
+    assert found == [(*k, *pair) for k, pair in zip(kernels, pairs, strict=True)]
+    inputs = outputs[2] if net[-1].mean else math.prod(outputs)
+    assert params[f"{len(net) - 1}.w"].shape == (inputs, 10)
+    assert {a.dtype for a in params.values()} == {np.dtype(np.float32)}
+
+
+def test_weights_start_normal_with_variance_2_over_fan_in_and_1_for_the_last_layer():
+    params = cqsnn.init_params(cqsnn.NETWORKS["digits"], (8, 8, 1), 10, np.random.default_rng(0))
+    for key, variance in (("0.w", 2 / 9), ("2.w", 2 / 288), ("4.w", 1 / 256)):
+        w = params[key]
+        # a variance from n draws varies by sqrt(2 / n) of itself; five of those
+        assert abs(w.var() / variance - 1) < 5 * math.sqrt(2 / w.size)
+        assert abs(w.mean()) < 5 * math.sqrt(variance / w.size)
 
 
 def data(n=40):
@@ -192,6 +234,52 @@ def test_training_learns_and_accuracy_counts_it():
     x = cqsnn.network_input(data()[0], 8, "spikes")
     logits, _ = cqsnn.forward(NET, params, x, "quantize", 8)
     assert right == (logits.argmax(1) == data()[1]).mean()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_an_epoch_reports_the_mean_loss_and_accuracy_over_all_its_images(smoothing):
+    """At rate 0, in a network without batch normalisation, batches change nothing."""
+    net, (images, labels) = cqsnn.network("T-FC"), data()
+    params = cqsnn.init_params(net, (6, 6, 1), 2, np.random.default_rng(0))
+    start = {k: v.copy() for k, v in params.items()}
+    recipe = cqsnn.Recipe("digits", lr=0.0, batch=17, smoothing=smoothing, encoding="direct")
+    mean, right = cqsnn.train_epoch(net, params, {}, images, labels, recipe, 0, 0, lambda n: None)
+    assert all((params[k] == start[k]).all() for k in params)
+    logits, _ = cqsnn.forward(net, params, images.astype(np.float32) / 255)
+    logits = logits.astype(np.float64)
+    softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    q = (1 - smoothing) * np.eye(2)[labels] + smoothing / 2
+    # float32 logits and losses: 6e-8 each
+    assert mean == pytest.approx(-(q * np.log(softmax)).sum(1).mean(), rel=1e-5)
+    assert right == (logits.argmax(1) == labels).mean()
+
+
+def test_an_epoch_takes_every_image_once_in_its_own_order_at_the_rate_of_its_place(monkeypatch):
+    images, _ = data(12)
+    net, orders, rates = cqsnn.network("T-FC"), [], []
+    loss = cqsnn.cross_entropy
+
+    def seen(logits, labels, smoothing):
+        orders[-1].append(labels.tolist())
+        return loss(logits, labels, smoothing)
+
+    monkeypatch.setattr(cqsnn, "cross_entropy", seen)
+    monkeypatch.setitem(cqsnn.OPTIMIZERS, "adam", lambda *args: rates.append(args[3]))
+    recipe = cqsnn.Recipe("digits", 0, 2, 1, lr=2.0, batch=5, levels=4)
+    params = cqsnn.init_params(net, (6, 6, 1), 12, np.random.default_rng(0))
+    for epoch in range(3):
+        orders.append([])
+        cqsnn.train_epoch(
+            *(net, params, {}, images, np.arange(12), recipe, 7, epoch, lambda n: None)
+        )
+    assert [[len(batch) for batch in order] for order in orders] == [[5, 5, 2]] * 3
+    flat = [[i for batch in order for i in batch] for order in orders]
+    assert all(sorted(order) == list(range(12)) for order in flat)
+    assert len({tuple(order) for order in [*flat, range(12)]}) == 4
+    # two epochs of the first stage, then the rate starts again in the second
+    places = [i / 24 for i in (0, 5, 10, 12, 17, 22)] + [i / 12 for i in (0, 5, 10)]
+    expected = [2 * (x / 0.1 if x < 0.1 else (1 - x) / 0.9) for x in places]
+    assert rates == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_epoch():
