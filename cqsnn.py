@@ -34,15 +34,21 @@ Numbers
 
 import functools
 import gzip
+import hashlib
+import http.client
 import io
 import itertools
 import json
 import math
 import os
+import pickle
+import pickletools
 import re
 import sys
 import tarfile
 import time
+import urllib.error
+import urllib.request
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -713,6 +719,9 @@ class Recipe:
     dropout: float = 0.0  # after the CQ of convolutions
     move: int = 0  # pixels, each way, by which images are shifted at random
     flip: bool = False  # mirror images left to right in every second epoch
+    turn: float = 0.0  # degrees, each way, by which images are turned at random
+    noise: float = 0.0  # deviation of Gaussian noise on pixels, white is 1
+    cutout: int = 0  # side of the square that is painted over, pixels
     encoding: str = "spikes"
     steps: int = 32
     levels: int = 32
@@ -735,17 +744,59 @@ class Recipe:
         return activation, self.levels if quantized else None, self.shift if quantized else 0.0
 
 
-def augment(images, mirrored, move, rng):
-    """Shift each image (N, H, W, C) by up to `move` pixels each way, the border reflected, and
-    mirror those of mirrored (N,) bool: every pixel is looked up where it comes from."""
+def look_up(images, row, column):
+    """The pixels at rows and columns, each broadcast to (N, H, W), of images; borders reflect."""
+    xp = array_module(images)
+    pairs = zip((row, column), images.shape[1:3])
+    row, column = ((k - 1) - abs((k - 1) - abs(a)) for a, k in pairs)
+    return images[xp.arange(len(images))[:, None, None], row, column]
+
+
+def turn_about_middle(images, row, column, angle):
+    """The pixels where `look_up` has (row, column), turned by angle (N,) radians about the middle
+    of the image, as the mean of the four around that place weighted by nearness."""
+    xp = array_module(images)
+    middle_row, middle_column = ((k - 1) / 2 for k in images.shape[1:3])
+    cos, sin = xp.cos(angle)[:, None, None], xp.sin(angle)[:, None, None]
+    down, right = row - middle_row, column - middle_column
+    row = middle_row + cos * down - sin * right
+    column = middle_column + sin * down + cos * right
+    top, left = xp.floor(row).astype(np.int64), xp.floor(column).astype(np.int64)
+    below, beyond = ((a - b).astype(np.float32)[..., None] for a, b in ((row, top), (column, left)))
+    upper, lower = (
+        look_up(images, r, left) * (1 - beyond) + look_up(images, r, left + 1) * beyond
+        for r in (top, top + 1)
+    )
+    return upper * (1 - below) + lower * below
+
+
+def augment(images, mirrored, move, rng, turn=0.0, noise=0.0, cutout=0):
+    """Change images (N, H, W, C) uint8 at random, as many pixels uint8 again: mirror those of
+    mirrored (N,) bool, shift each by up to `move` pixels each way and turn it by up to `turn`
+    degrees, every pixel looked up where it comes from and the border reflected; add Gaussian
+    noise of deviation `noise` (white is 1); paint a square of `cutout` pixels a side, its middle
+    anywhere, in the image's mean colour."""
     xp = array_module(images)
     n, height, width, _ = images.shape
     down, right = xp.asarray(rng.integers(-move, move + 1, (2, n, 1)))
     column = xp.arange(width)
-    column = xp.where(mirrored[:, None], width - 1 - column, column) + right  # (N, W)
-    row = xp.arange(height) + down  # (N, H)
-    row, column = ((k - 1) - abs((k - 1) - abs(a)) for a, k in ((row, height), (column, width)))
-    return images[xp.arange(n)[:, None, None], row[:, :, None], column[:, None]]
+    column = (xp.where(mirrored[:, None], width - 1 - column, column) + right)[:, None]
+    row = (xp.arange(height) + down)[:, :, None]  # (N, H, 1), and columns (N, 1, W)
+    if turn:
+        angle = xp.asarray(np.deg2rad(rng.uniform(-turn, turn, n)))
+        images = turn_about_middle(images, row, column, angle)
+    else:
+        images = look_up(images, row, column)
+    if noise:
+        device_rng = xp.random.default_rng(int(rng.integers(2**63)))
+        images = images + 255 * noise * device_rng.standard_normal(images.shape, dtype=np.float32)
+    if cutout:
+        corner = xp.asarray(rng.integers((height, width), size=(n, 2)) - cutout // 2)
+        rows, columns = (xp.arange(k) - corner[:, [a]] for a, k in enumerate((height, width)))
+        rows, columns = ((a >= 0) & (a < cutout) for a in (rows, columns))
+        hidden = (rows[:, :, None] & columns[:, None])[..., None]
+        images = xp.where(hidden, images.mean((1, 2), keepdims=True), images)
+    return images if images.dtype == np.uint8 else xp.rint(images).clip(0, 255).astype(np.uint8)
 
 
 def mirrored_images(n, seed, epoch):
@@ -767,23 +818,39 @@ def network_input(pixels, steps, encoding):
     return counts.astype(np.float32) / (steps if encoding == "spikes" else 255)
 
 
+def first_not_finite(net, params, tape, logits):
+    """Return the first layer in which something is not finite, a 0-d array; 0 where all is well.
+    NaN or infinity in a layer's sums shows in their batch mean; a layer without batch
+    normalisation is judged by its weights, the last one by its logits."""
+    xp, sound = array_module(logits), []
+    for i, (layer, entry) in enumerate(zip(net, tape)):
+        judged = entry.norm[1] if layer.norm else params.get(f"{i}.w", xp.zeros(1))
+        sound.append(xp.isfinite(logits if i == len(net) - 1 else judged).all())
+    return xp.stack(sound).argmin()
+
+
 def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progress, threads=None):
     """Train for the run's epoch number `epoch` (from 0); params and optimiser state in place.
     images (N, H, W, C) uint8, labels (N,). All randomness comes from seed and epoch, so that
     an epoch can be run again to the same bits. progress(n) is told of every n images done.
-    Returns mean loss and accuracy. Raises FloatingPointError where the loss is not finite."""
+    Returns mean loss and accuracy. Raises FloatingPointError where the loss is not finite,
+    naming the epoch and the layer where that began."""
     xp, n = array_module(images), len(images)
     rng = np.random.default_rng([seed, epoch])
     activation, epochs_done, epochs = recipe.stage_of(epoch)
     order = xp.asarray(rng.permutation(n))
     mirrored = xp.asarray(mirrored_images(n, seed, epoch) if recipe.flip else np.zeros(n, bool))
     loss, correct = xp.zeros((), np.float64), xp.zeros((), np.int64)
+    origin = xp.full((), -1)  # the layer where NaN or infinity began: kept on the device
     for start in range(0, n, recipe.batch):
         chosen = order[start : start + recipe.batch]
-        pixels = augment(images[chosen], mirrored[chosen], recipe.move, rng)
+        changes = recipe.move, rng, recipe.turn, recipe.noise, recipe.cutout
+        pixels = augment(images[chosen], mirrored[chosen], *changes)
         x = network_input(pixels, recipe.steps, recipe.encoding)
         logits, tape = forward(net, params, x, *recipe.how(activation), rng, threads)
         batch_loss, dlogits = cross_entropy(logits, labels[chosen], recipe.smoothing)
+        first = (origin < 0) & ~xp.isfinite(batch_loss)
+        origin = xp.where(first, first_not_finite(net, params, tape, logits), origin)
         grads = backward(net, params, tape, dlogits, threads)
         del tape  # its memory serves the next batch
         rate = rate_at((epochs_done + start / n) / epochs, recipe.lr)
@@ -792,7 +859,9 @@ def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progres
         correct += (logits.argmax(1) == labels[chosen]).sum()
         progress(len(chosen))
     if not math.isfinite(loss):
-        raise FloatingPointError(f"epoch {epoch + 1} ({activation}): the loss is {float(loss)}")
+        where = f"layer {int(origin)} ({net[int(origin)].kind})"
+        wrong = f"epoch {epoch + 1} ({activation}): the loss is {float(loss)}"
+        raise FloatingPointError(f"{wrong}, which began in {where}")
     return float(loss) / n, float(correct) / n
 
 
@@ -870,10 +939,11 @@ def fold(net, params, shape):
     return folded
 
 
-def weight_scale(w, bits, where):
-    """Return S = floor((2**(bits - 1) - 1) / max|w|), one for the layer.
-    All-zero weights take 2**(bits - 1) - 1. Raises ValueError where S would be 0."""
-    largest = np.abs(w).max(axis=tuple(range(w.ndim - 1)))
+def weight_scale(w, bits, where, channels=False):
+    """Return S = floor((2**(bits - 1) - 1) / max|w|), one for the layer, or one for each channel.
+    All-zero weights take 2**(bits - 1) - 1; a channel's S is that of a largest weight of at least
+    1/256, so that its threshold stays within 32 bits. Raises ValueError where S would be 0."""
+    largest = np.abs(w).max(axis=tuple(range(w.ndim - 1)))  # (O,)
     worst, top = int(largest.argmax()), 2 ** (bits - 1) - 1
     peak = float(largest[worst])
     if not math.isfinite(peak):
@@ -882,6 +952,9 @@ def weight_scale(w, bits, where):
     found = f"{where}: channel {worst} has the outsize weight {peak:.4g}"
     if scale < 1:
         raise ValueError(f"{found}, expected at most {top} for {bits} bits")
+    if channels:
+        peaks = np.where(largest > 0, np.maximum(largest, 1 / 256), 1)
+        return np.floor(top / peaks).astype(np.int64)
     if scale < 2 ** (bits - 1) / 16:
         warnings.warn(f"{found}, which leaves others few of {bits} bits: S = {scale}", stacklevel=3)
     return scale
@@ -913,10 +986,14 @@ def largest_sum(layer, largest_input, steps):
     return max(int(w) * largest_input + int(b) * steps + int(v) for w, b, v in channels)
 
 
-def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spikes"):
+def convert(
+    net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spikes", channel_scales=False
+):
     """Turn a trained CNN for images of `shape` into a SpikingNetwork of `weight_bits` weights.
     shift is that of the CQ activation; weights do not depend on steps. F is 16, or the largest
-    power of two below it with which everything fits in 32 bits.
+    power of two below it with which everything fits in 32 bits. With channel_scales each output
+    channel has its own S, and so its own threshold; the last layer, whose logits are compared,
+    has one in any case.
     Raises ValueError, naming the layer, where weights do not fit. Warns of an outsize weight."""
     check_choice("encoding", encoding, ("spikes", "direct"))
     check_range("weight_bits", weight_bits, 2, 16)
@@ -924,7 +1001,8 @@ def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spike
     last, folded, scales, stored = len(net) - 1, fold(net, params, shape), [], []
     for i, (layer, wb) in enumerate(zip(net, folded)):
         where = f"layer {i} ({layer.kind})"
-        scales.append(None if wb is None else weight_scale(wb[0], weight_bits, where))
+        channels = channel_scales and i < last
+        scales.append(None if wb is None else weight_scale(wb[0], weight_bits, where, channels))
     for unit in (16, 8, 4, 2, 1):
         layers, too_large = [], None
         for i, (layer, wb, scale) in enumerate(zip(net, folded, scales)):
@@ -946,11 +1024,12 @@ def convert(net, params, shape, steps, weight_bits=8, shift=0.0, encoding="spike
 
 
 def scales(net, params, snn):
-    """Return [S, max|W|] of each layer, W folded; None for a pooling, which needs no scale."""
+    """Return [S, max|W|] of each layer, W folded; None for a pooling, which needs no scale.
+    S is a list where each channel has its own."""
     rows = []
     for i, wb in enumerate(fold(net, params, snn.input_shape)):
         unit = snn.unit * snn.largest_input(i)
-        scale = int(snn.layers[i].theta.min()) // unit
+        scale = (snn.layers[i].theta // unit).tolist()
         rows.append(None if wb is None else [scale, float(abs(wb[0]).max())])
     return rows
 
@@ -1405,32 +1484,141 @@ def load_model(path):
 
 
 class DataSet(NamedTuple):
-    """Where a data set's files lie under the data folder, and what they hold."""
+    """Where a data set's files lie under the data folder, what they hold, where they come from."""
 
     folder: str
     train: tuple  # names of files: images and labels (IDX), or batches (CIFAR)
     test: tuple
     classes: int
-    source: str
+    source: str  # what the names of `downloads` follow on the web
     archive: str | None = None  # the official archive that may lie in the data folder instead
     label_bytes: int = 0  # of a CIFAR record, before the pixels; the last one counts
+    label_key: str | None = None  # of the labels in a batch of CIFAR's Python version
 
 
-_TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
-_TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist (four .gz files)"
-_FASHION = "https://github.com/zalandoresearch/fashion-mnist (four .gz files)"
-_CIFAR = "https://www.cs.toronto.edu/~kriz/cifar.html (binary version)"
-_CIFAR10 = ("cifar-10-batches-bin", _BATCHES, ("test_batch.bin",), 10, _CIFAR)
-_CIFAR100 = ("cifar-100-binary", ("train.bin",), ("test.bin",), 100, _CIFAR)
+_IDX = (
+    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+)
+_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
+_CIFAR10 = ("cifar-10-batches-bin", tuple(f"{name}.bin" for name in _BATCHES), ("test_batch.bin",))
+_CIFAR100 = ("cifar-100-binary", ("train.bin",), ("test.bin",))
+_TORONTO = "https://www.cs.toronto.edu/~kriz/"
+_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DATASETS = {
-    "digits": DataSet("digits", _TRAIN, _TEST, 10, "the project's folder data/digits"),
-    "mnist": DataSet("mnist", _TRAIN, _TEST, 10, _MNIST),
-    "fashion-mnist": DataSet("fashion-mnist", _TRAIN, _TEST, 10, _FASHION),
-    "cifar10": DataSet(*_CIFAR10, "cifar-10-binary.tar.gz", 1),
-    "cifar100": DataSet(*_CIFAR100, "cifar-100-binary.tar.gz", 2),
+    "digits": DataSet("digits", *_IDX, 10, "the project's folder data/digits"),
+    "mnist": DataSet("mnist", *_IDX, 10, "https://ossci-datasets.s3.amazonaws.com/mnist/"),
+    "fashion-mnist": DataSet("fashion-mnist", *_IDX, 10, _FASHION),
+    "cifar10": DataSet(*_CIFAR10, 10, _TORONTO, "cifar-10-binary.tar.gz", 1),
+    "cifar100": DataSet(*_CIFAR100, 100, _TORONTO, "cifar-100-binary.tar.gz", 2),
 }
+PICKLED = {  # CIFAR's Python version, as torchvision leaves it
+    "cifar10": DataSet(
+        *("cifar-10-batches-py", _BATCHES, ("test_batch",), 10, _TORONTO), label_key="labels"
+    ),
+    "cifar100": DataSet(
+        *("cifar-100-python", ("train",), ("test",), 100, _TORONTO), label_key="fine_labels"
+    ),
+}
+# data set, file, bytes and SHA-256 as in the url_checksums of TensorFlow Datasets
+_CHECKSUMS = """
+mnist train-images-idx3-ubyte.gz 9912422 \
+    440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609
+mnist train-labels-idx1-ubyte.gz 28881 \
+    3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c
+mnist t10k-images-idx3-ubyte.gz 1648877 \
+    8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6
+mnist t10k-labels-idx1-ubyte.gz 4542 \
+    f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6
+fashion-mnist train-images-idx3-ubyte.gz 26421880 \
+    3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84
+fashion-mnist train-labels-idx1-ubyte.gz 29515 \
+    a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845
+fashion-mnist t10k-images-idx3-ubyte.gz 4422102 \
+    346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073
+fashion-mnist t10k-labels-idx1-ubyte.gz 5148 \
+    67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5
+cifar10 cifar-10-binary.tar.gz 170052171 \
+    c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd
+cifar100 cifar-100-binary.tar.gz 168513733 \
+    58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec
+"""
+DOWNLOADS = {name: {} for name in DATASETS}  # data set: {file: (bytes, SHA-256)}
+for _name, _file, _bytes, _digest in (line.split() for line in _CHECKSUMS.split("\n")[1:-1]):
+    DOWNLOADS[_name][_file] = int(_bytes), _digest
+
+
+def transfer(url, file, size, progress):
+    """Append what is missing of url to the open file, up to `size` bytes; return whether any came.
+    A server that cannot continue sends it all again. A broken connection only ends the call."""
+    have = file.seek(0, os.SEEK_END)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        if have and response.status != 206:
+            progress(-file.tell())
+            file.truncate(file.seek(0))
+        start = file.tell()
+        while file.tell() < size:
+            try:
+                block = response.read(min(2**16, size - file.tell()))
+            except (OSError, http.client.HTTPException):
+                block = b""
+            if not block:
+                break
+            file.write(block)
+            progress(len(block))
+        return file.tell() > start
+
+
+def fetch(url, path, size, sha256, progress=lambda n: None):
+    """Download url to path, which appears only once its size and SHA-256 are right.
+    What has come stays in .NAME.partial and is gone on from, now or at the next call; after
+    three attempts in a row that bring nothing it raises ConnectionError. A wrong file raises
+    ValueError and is deleted, as is what a full disk leaves. progress(n): n more bytes."""
+    partial, failures = path.with_name(f".{path.name}.partial"), 0
+    try:
+        with open(partial, "ab") as file:
+            progress(file.tell())
+            while file.tell() < size:
+                try:
+                    reason, came = "the connection broke", transfer(url, file, size, progress)
+                except urllib.error.HTTPError as error:
+                    raise ConnectionError(f"{url}: {error}") from None
+                except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
+                    reason, came = getattr(error, "reason", error), False
+                failures = 0 if came else failures + 1
+                if failures == 3:
+                    raise ConnectionError(f"{url}: {reason}")
+                time.sleep(failures)
+            file.flush()
+            os.fsync(file.fileno())
+        found = hashlib.sha256(partial.read_bytes()).hexdigest()
+        if found != sha256 or partial.stat().st_size != size:
+            raise ValueError(f"{url}: SHA-256 {found}, expected {sha256}; it was deleted")
+        os.replace(partial, path)
+    except ConnectionError:
+        raise  # and keep what came
+    except (OSError, ValueError):
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def download(name, data_dir, progress=lambda n: None):
+    """Fetch the official files of a data set that are not yet under data_dir; see `fetch`.
+    An archive stays packed: its members are read by name, its paths are never followed."""
+    dataset = DATASETS[name]
+    folder = Path(data_dir) if dataset.archive else Path(data_dir) / dataset.folder
+    if not DOWNLOADS[name]:
+        raise ValueError(f"--download: {name} comes with the project, expected another data set")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, (size, sha256) in DOWNLOADS[name].items():
+        if (folder / file).exists():
+            continue
+        try:
+            fetch(dataset.source + file, folder / file, size, sha256, progress)
+        except ConnectionError as error:
+            offline = f"without a network, put {', '.join(DOWNLOADS[name])} into {folder}"
+            raise ConnectionError(f"{error}; {offline}") from None
 
 
 def read_data_files(data_dir, dataset):
@@ -1480,16 +1668,64 @@ def parse_cifar(where, data, label_bytes):
     return np.ascontiguousarray(images), rows[:, label_bytes - 1]
 
 
+class PickledArray:
+    """What NumPy's names become in a pickle of CIFAR: something that keeps what it is given."""
+
+    def __init__(self, *made):
+        self.made, self.state = made, None
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class CifarUnpickler(pickle.Unpickler):
+    """Constructs numbers, strings, lists, dicts and PickledArray; refuses any other name before
+    anything is called."""
+
+    def find_class(self, module, name):
+        """Return PickledArray for the three names that a pickled NumPy array needs."""
+        allowed = ("core.multiarray._reconstruct", "_core.multiarray._reconstruct")
+        if f"{module}.{name}" not in [f"numpy.{n}" for n in (*allowed, "ndarray", "dtype")]:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file does")
+        return PickledArray
+
+
+def parse_cifar_pickle(where, data, label_key):
+    """Return images (N, 32, 32, 3) and labels (N,) of a batch of CIFAR's Python version."""
+    try:
+        for op, argument, _ in pickletools.genops(data):
+            if "PUT" in op.name and argument > 2**20:  # would make a table of that length
+                raise ValueError(f"memo {argument}")
+        batch = CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
+        batch = {key.decode() if isinstance(key, bytes) else key: v for key, v in batch.items()}
+        _, shape, dtype, by_columns, pixels = batch["data"].state
+        images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = np.asarray(batch[label_key], np.uint8)
+        kind = (tuple(shape), dtype.made[0] in ("u1", b"u1"), bool(by_columns), labels.shape)
+        if kind != ((len(images), 3072), True, False, (len(images),)):
+            raise ValueError(f"array {shape}, {labels.shape} labels, not N rows of 3,072 bytes")
+    except Exception as error:  # whatever a damaged or hostile file brings about
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{where}: damaged or not a CIFAR batch ({reason})") from None
+    return np.ascontiguousarray(images), labels
+
+
 def load_dataset(name, data_dir="data"):
     """Return (images, labels) to train and to test: uint8 (N, H, W, C), int64 (N,).
     Raises FileNotFoundError naming what was looked for, ValueError for damaged files."""
     check_choice("dataset", name, DATASETS)
     dataset, parts = DATASETS[name], []
+    packed = [Path(data_dir) / part for part in (dataset.folder, dataset.archive) if part]
+    if name in PICKLED and not any(path.exists() for path in packed):
+        folder = Path(data_dir) / PICKLED[name].folder
+        dataset = PICKLED[name] if folder.is_dir() else dataset
     every = read_data_files(data_dir, dataset)
     for files in (dataset.train, dataset.test):
         found = [every[file] for file in files]
-        if dataset.label_bytes:
-            batches = [parse_cifar(*item, dataset.label_bytes) for item in found]
+        if dataset.label_bytes or dataset.label_key:
+            how = (parse_cifar, dataset.label_bytes)
+            parse, labelled = (parse_cifar_pickle, dataset.label_key) if dataset.label_key else how
+            batches = [parse(*item, labelled) for item in found]
             images, labels = (np.concatenate(arrays) for arrays in zip(*batches))
         else:
             images, labels = parse_idx(*found[0], 3)[..., None], parse_idx(*found[1], 1)

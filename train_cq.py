@@ -24,9 +24,7 @@ from tqdm import tqdm
 import cqsnn
 from cqsnn import Recipe
 
-# ------------------------------------------------------------------------------------------
-# Recipes: what a data set or a network takes unless the command line says otherwise
-# ------------------------------------------------------------------------------------------
+# Recipes: what a data set or a network takes unless the command line says otherwise ---------------
 
 _LENET = Recipe("lenet*", clamp_epochs=8, quantize_epochs=4, lr=2e-3, batch=128, move=2)
 _CIFAR = Recipe(
@@ -48,6 +46,9 @@ RECIPES = {
 _VGG = {"optimizer": "muon", "lr": 0.09, "batch": 256, "dropout": 0.15}
 NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
 SCHEDULES = ("streaming", "1", "2", "4", "synchronous")
+_CIFAR_SCHEDULES = ("streaming", "1", "2", "4", "8", "synchronous")
+DATASET_SCHEDULES = {"cifar10": _CIFAR_SCHEDULES, "cifar100": _CIFAR_SCHEDULES}
+OTHER_IMAGES = 1000  # on which the encoding that the network was not trained for is shown
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +63,7 @@ def parser():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="digits", help=", ".join(cqsnn.DATASETS))
     p.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets lie")
+    p.add_argument("--download", action="store_true", help="fetch the data set's official files")
     p.add_argument("--net", help=", ".join(cqsnn.NETWORKS))
     p.add_argument("--encoding", help="input as spikes or direct (pixel levels at every step)")
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
@@ -76,12 +78,19 @@ def parser():
     p.add_argument("--dropout", type=float, metavar="X", help="after convolutions, 0 to 1")
     p.add_argument("--move", type=int, metavar="N", help="shift training images by up to N pixels")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror training images")
+    p.add_argument("--turn", type=float, metavar="X", help="turn training images by X degrees")
+    p.add_argument("--noise", type=float, metavar="X", help="on training images, white is 1")
+    p.add_argument("--cutout", type=int, metavar="N", help="paint over NxN pixels of each image")
     p.add_argument("--seed", type=int, default=0, metavar="N")
     p.add_argument("--weight-bits", type=int, nargs="+", default=[8], metavar="B", help="2 to 16")
     p.add_argument(
+        *("--channel-scales",),
+        action="store_true",
+        help="a scale and threshold for each channel: better at few bits, if the hardware has it",
+    )
+    p.add_argument(
         *("--schedule",),
         nargs="+",
-        default=SCHEDULES,
         metavar="S",
         help="streaming, synchronous or a delay of 0 to T steps a layer",
     )
@@ -91,6 +100,12 @@ def parser():
     p.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     p.add_argument("--simulate", metavar="SNN.npz", help="simulate this file, train nothing")
     p.add_argument("--limit", type=int, metavar="N", help="use the first N images of each part")
+    p.add_argument(
+        *("--hold-out",),
+        type=int,
+        metavar="N",
+        help="compare recipes: test on the last N training images, not trained on",
+    )
     return p
 
 
@@ -108,7 +123,8 @@ def chosen_recipe(args):
     cqsnn.check_choice("--encoding", recipe.encoding, ("spikes", "direct"))
     cqsnn.check_choice("--optimizer", recipe.optimizer, cqsnn.OPTIMIZERS)
     for name, low, high in (
-        *(("steps", 1, 10**6), ("levels", 1, 10**6), ("batch", 1, 10**6), ("move", 0, 16)),
+        *(("steps", 1, 10**6), ("levels", 1, 10**6), ("batch", 1, 10**6)),
+        *(("move", 0, 16), ("cutout", 0, 32)),
         *((f"{stage}_epochs", 0, 10**6) for stage in cqsnn.ACTIVATIONS),
     ):
         cqsnn.check_range(f"--{name.replace('_', '-')}", getattr(recipe, name), low, high)
@@ -117,6 +133,9 @@ def chosen_recipe(args):
     for name in ("smoothing", "dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"--{name}: {getattr(recipe, name)}, expected 0 to below 1")
+    for name, high in (("turn", 180), ("noise", 1)):
+        if not 0 <= getattr(recipe, name) <= high:
+            raise ValueError(f"--{name}: {getattr(recipe, name)}, expected 0 to {high}")
     if not 0 < recipe.lr < float("inf"):
         raise ValueError(f"--lr: {recipe.lr}, expected more than 0")
     if not recipe.stages:
@@ -125,7 +144,7 @@ def chosen_recipe(args):
 
 
 def check_arguments(args, steps):
-    """Raise ValueError for what the recipe does not hold."""
+    """Raise ValueError for what the recipe does not hold; choose the schedules if need be."""
     cqsnn.check_choice("--device", args.device, ("auto", "cpu", "gpu"))
     for bits in args.weight_bits:
         cqsnn.check_range("--weight-bits", bits, 2, 16)
@@ -133,13 +152,14 @@ def check_arguments(args, steps):
     for name in ("limit", "threads"):
         if getattr(args, name) is not None:
             cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
+    if args.schedule is None:
+        every = DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
+        args.schedule = [s for s in every if not s.isdecimal() or int(s) <= steps]
     for schedule in args.schedule:
         cqsnn.delay_of(schedule, steps)
 
 
-# ------------------------------------------------------------------------------------------
-# Device, data, run folder
-# ------------------------------------------------------------------------------------------
+# Device, data, run folder -------------------------------------------------------------------------
 
 
 def array_library(device):
@@ -167,7 +187,15 @@ def load_data(args, xp):
     for folder in beside if args.dataset == "digits" and args.data_dir == "data" else ():
         if not (data_dir / "digits").is_dir() and (folder / "digits").is_dir():
             data_dir = folder
+    if args.download:
+        total = sum(size for size, _ in cqsnn.DOWNLOADS[args.dataset].values())
+        with Bar(total, f"downloading {args.dataset}", "B") as progress:
+            cqsnn.download(args.dataset, data_dir, progress.update)
     parts = cqsnn.load_dataset(args.dataset, data_dir)
+    if args.hold_out:
+        cqsnn.check_range("--hold-out", args.hold_out, 1, len(parts[0][0]) - 1)
+        cut = len(parts[0][0]) - args.hold_out
+        parts = [[array[part] for array in parts[0]] for part in (slice(cut), slice(cut, None))]
     return [tuple(xp.asarray(array[: args.limit]) for array in part) for part in parts]
 
 
@@ -226,34 +254,48 @@ def previous_run(folder, settings, epochs, resume):
     return (params, state, meta) if resume else None
 
 
-# ------------------------------------------------------------------------------------------
-# Work
-# ------------------------------------------------------------------------------------------
+# Work ---------------------------------------------------------------------------------------------
 
 
-def bar(total, label):
-    """Return a progress bar, silent where the output is not a terminal."""
-    return tqdm(
-        total=total, desc=label, unit=" images", leave=False, disable=not sys.stdout.isatty()
-    )
+class Bar(tqdm):
+    """A progress bar in images; where the output is no terminal, a plain line every half minute."""
+
+    def __init__(self, total, label, unit=" images"):
+        plain = not sys.stdout.isatty()
+        how = {"mininterval": 30, "miniters": 1} if plain else {}
+        self.plain = plain
+        super().__init__(
+            *(None, label, total), leave=False, file=sys.stdout, unit=unit, unit_scale=True, **how
+        )
+
+    def display(self, msg=None, pos=None):
+        """Show how far it is, its rate and the time left."""
+        if not self.plain:
+            super().display(msg, pos)
+        elif 0 < self.n < self.total:
+            self.fp.write(f"  {self.format_meter(**self.format_dict | {'ncols': 0})}\n")
+            self.fp.flush()
 
 
 def train(args, recipe, net, folder, data, xp):
     """Train all stages, a checkpoint after every epoch; return params and the checkpoint's meta."""
     (images, labels), test = data
     classes, epochs = cqsnn.DATASETS[args.dataset].classes, sum(n for _, n in recipe.stages)
-    settings = {"dataset": args.dataset, "seed": args.seed, "limit": args.limit} | asdict(recipe)
+    settings = {"dataset": args.dataset, "seed": args.seed, "limit": args.limit}
+    settings |= {"hold_out": args.hold_out} | asdict(recipe)
     params = cqsnn.init_params(net, images.shape[1:], classes, np.random.default_rng(args.seed))
     state, meta = {}, {"settings": settings, "epoch": 0, "log": []}
     params, state, meta = previous_run(folder, settings, epochs, args.resume) or (
         *(params, state, meta),
     )
     params, state = ({k: xp.asarray(a) for k, a in d.items()} for d in (params, state))
+    ahead = forecast(args, recipe, net, params, data, epochs - meta["epoch"])
+    print("about {} of training and {} of simulation ahead".format(*map(duration, ahead)))
     for epoch in range(meta["epoch"], epochs):
         activation, done, _ = recipe.stage_of(epoch)
         state = {} if done == 0 else state
         began = time.perf_counter()
-        with bar(len(images), f"epoch {epoch + 1}/{epochs} {activation}") as progress:
+        with Bar(len(images), f"epoch {epoch + 1}/{epochs} {activation}") as progress:
             loss, right = cqsnn.train_epoch(
                 *(net, params, state, images, labels, recipe, args.seed, epoch),
                 progress.update,
@@ -274,10 +316,16 @@ def train(args, recipe, net, folder, data, xp):
     return params, meta
 
 
-def simulate(args, snn, test):
-    """Evaluate a converted network under all schedules; return the report's figures."""
-    schedules = list(dict.fromkeys(map(str, args.schedule)))
-    with bar(len(test[0]) * len(schedules), "simulating") as progress:
+def schedules_of(args, brief=False):
+    """Return the schedules to simulate: all, or in brief only streaming and synchronous of them."""
+    every = list(dict.fromkeys(map(str, args.schedule)))
+    return [s for s in every if s in ("streaming", "synchronous")] or every if brief else every
+
+
+def simulate(args, snn, test, brief=False):
+    """Evaluate a converted network under the schedules; return the report's figures."""
+    schedules = schedules_of(args, brief)
+    with Bar(len(test[0]) * len(schedules), f"simulating {snn.encoding} input") as progress:
         exact, rows = cqsnn.evaluate(
             snn, *test, schedules, progress=progress.update, threads=args.threads
         )
@@ -296,43 +344,197 @@ def simulate(args, snn, test):
     }
 
 
-def print_table(report):
+def print_result(snn, report):
     """Print what each schedule costs and gives; what the columns mean is in the README."""
+    print(
+        f"\n{report['dataset']}, {snn.weight_bits}-bit weights, {snn.encoding} input, "
+        f"T = {snn.steps}, {report['images']:,} test images"
+    )
+    cq = f"float CQ network {report['cq_accuracy']:.4f}   " if "cq_accuracy" in report else ""
+    print(f"{cq}integer CNN {report['integer_accuracy']:.4f}")
     head = f"{'schedule':12} {'accuracy':>8} {'steps to answer':>16} {'wrong counts':>15} "
     print(head + f"{'spikes/neuron':>14} {'SynOps/image':>13}")
     for name, accuracy in report["snn_accuracy"].items():
         wrong = report["wrong_counts"][name]
         span = f"{min(wrong):.1%} to {max(wrong):.1%}" if max(wrong, default=0) else "none"
         print(
-            f"{'delay ' + name if name.isdecimal() else name:12} {accuracy:8.4f} "
+            f"{schedule_label(name):12} {accuracy:8.4f} "
             f"{report['steps_to_answer'][name]:16} {span:>15} "
             f"{report['spikes_per_neuron'][name]:14.2f} {report['synops_per_image'][name]:13,.0f}"
         )
 
 
-def draw_curve(path, report):
-    """Draw accuracy over time, every schedule from the step at which its last layer begins."""
+def print_widths(report):
+    """Print how accuracy falls with the bits of a weight, without any retraining."""
+    both = list(report["bits"][-1]["snn_accuracy"])
+    print(f"\nbits  float CQ network  integer CNN  {'  '.join(f'{s:>12}' for s in both)}")
+    for row in report["bits"]:
+        values = "  ".join(f"{row['snn_accuracy'][s]:12.4f}" for s in both)
+        print(
+            f"{row['weight_bits']:4}  {report['cq_accuracy']:16.4f}  "
+            f"{row['integer_accuracy']:11.4f}  {values}"
+        )
+
+
+# Pictures: colours and line styles that do not need colour vision (Okabe and Ito) ----------------
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
+
+
+def draw(folder, report, log=(), snn=None, sample=None):
+    """Draw the run's pictures into its folder: curve.png and latency.png from the report,
+    training.png from the log, rates.png, raster.png and weights.png from the network and a
+    sample of images (N, H, W, C). Without matplotlib, say so and go on."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     try:
         from matplotlib import pyplot
     except ImportError:
-        print("curve.png is left out: matplotlib is not installed")
+        print("pictures are left out: matplotlib is not installed")
         return
+    pictures = {"curve": (draw_curve, report), "latency": (draw_latency, report)}
+    if log:
+        pictures["training"] = draw_training, log
+    if snn is not None:
+        k0 = cqsnn.predicted(snn, sample)
+        run = cqsnn.simulate(snn, k0, record=True)
+        pictures["rates"] = draw_rates, snn, cqsnn.integer_forward(snn, k0), run
+        pictures["raster"] = draw_raster, snn, run
+        pictures["weights"] = draw_weights, snn
+    for name, (picture, *what) in pictures.items():
+        figure = picture(pyplot, *what)
+        cqsnn.write_file(
+            folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=150)
+        )
+        pyplot.close(figure)
+
+
+def schedule_label(name):
+    """Return a schedule as the table and the pictures call it."""
+    return f"delay {name}" if name.isdecimal() else name
+
+
+def draw_curve(pyplot, report):
+    """Accuracy over time, every schedule from the step at which its last layer begins."""
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
     for i, (name, curve) in enumerate(report["curve"].items()):
         first = report["steps_to_answer"][name] - len(curve)
-        label = f"delay {name}" if name.isdecimal() else name
-        style = {"color": colours[i % 7], "linestyle": ("-", "--", ":", "-.")[i % 4]}
-        axes.plot(range(first + 1, first + len(curve) + 1), curve, label=label, **style)
+        style = {"color": COLOURS[i % 7], "linestyle": STYLES[i % 4]}
+        steps = range(first + 1, first + len(curve) + 1)
+        axes.plot(steps, curve, label=schedule_label(name), **style)
     exact = report["integer_accuracy"]
     axes.axhline(exact, color="0.5", linewidth=0.8, label=f"integer CNN ({exact:.4f})")
     axes.set_xlabel("time steps since the image appeared")
     axes.set_ylabel(f"accuracy ({report['images']:,} test images)")
     axes.set_title(f"{report['dataset']}: accuracy over time, T = {report['steps']}")
     axes.legend(loc="lower right")
-    cqsnn.write_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
-    pyplot.close(figure)
+    return figure
+
+
+def draw_latency(pyplot, report):
+    """Accuracy of the answer against the steps it takes, a point for each schedule."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for i, block in enumerate([report, *report.get("other_encoding", [])]):
+        steps = list(block["steps_to_answer"].values())
+        values, encoding = list(block["snn_accuracy"].values()), block["encoding"]
+        label = f"{encoding} input, {block['images']:,} images"
+        axes.plot(steps, values, color=COLOURS[i], marker="os"[i], linestyle=STYLES[i], label=label)
+        for name, x, y in zip(block["snn_accuracy"], steps, values):
+            axes.annotate(name, (x, y), (4, -11), textcoords="offset points", fontsize=7)
+        exact = block["integer_accuracy"]
+        label = f"integer CNN, {encoding} input ({exact:.4f})"
+        axes.axhline(exact, color=COLOURS[i], linewidth=0.8, alpha=0.6, label=label)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("time steps to the answer (names: delay of each layer, steps)")
+    axes.set_ylabel("accuracy of the spiking network")
+    axes.set_title(f"{report['dataset']}: accuracy against latency, T = {report['steps']}")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def draw_training(pyplot, log):
+    """Loss and accuracy of every epoch; a line where a stage begins."""
+    figure, (top, bottom) = pyplot.subplots(2, sharex=True, figsize=(7, 5), layout="constrained")
+    epochs = [line["epoch"] for line in log]
+    top.plot(epochs, [line["loss"] for line in log], color=COLOURS[0], marker=".")
+    top.set_ylabel("mean training loss")
+    for i, part in enumerate(("train", "test")):
+        values = [line[f"{part}_accuracy"] for line in log]
+        bottom.plot(epochs, values, color=COLOURS[i], linestyle=STYLES[i], marker=".", label=part)
+    bottom.set_xlabel("epoch")
+    bottom.set_ylabel("accuracy (train: as augmented)")
+    bottom.legend(loc="lower right")
+    starts = {line["stage"]: line["epoch"] for line in reversed(log)}
+    for stage, epoch in starts.items():
+        for axes in (top, bottom):
+            axes.axvline(epoch - 0.5, color="0.6", linewidth=0.8)
+        top.text(epoch - 0.4, top.get_ylim()[1], stage, va="bottom", fontsize=8)
+    return figure
+
+
+def draw_rates(pyplot, snn, reference, run):
+    """The integer CNN's activation against the streaming spike rate, a panel for each layer."""
+    shown = list(enumerate(zip(reference.counts, run.counts)))
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    size = (2.2 * columns + 1, 2.2 * rows + 0.6)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    bins = (np.arange(min(snn.steps, 64) + 2) - 0.5) / min(snn.steps, 64)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    for axes, (i, (exact, counted)) in zip(grid.flat, shown):
+        x, y = (cqsnn.to_host(a).ravel() / snn.steps for a in (exact, counted))
+        _, _, _, image = axes.hist2d(x, y, bins=bins, norm="log", cmap="cividis")
+        axes.set_title(f"layer {i} ({snn.layers[i].kind}), {np.mean(x != y):.1%} off", fontsize=8)
+        axes.set_aspect("equal")
+    figure.colorbar(image, ax=grid, label="neurons in the last layer's bin (each layer its own)")
+    figure.supxlabel("activation of the integer CNN, k / T")
+    figure.supylabel("spikes per step, streaming")
+    return figure
+
+
+def draw_raster(pyplot, snn, run, neurons=24):
+    """Spikes over time of the most active neurons of each layer, for the first image."""
+    figure, axes = pyplot.subplots(figsize=(7, 5.5), layout="constrained")
+    ticks = []
+    for i, spikes in enumerate(run.spikes):
+        fired = cqsnn.to_host(spikes[:, 0]).reshape(len(spikes), -1)  # (T, neurons)
+        order = np.argsort(-fired.sum(0), kind="stable")
+        chosen = fired[:, order[: len(order) // 2 or 1 : max(1, len(order) // (2 * neurons))]]
+        step, row = np.nonzero(chosen[:, :neurons])
+        axes.scatter(step + 1, row + i * (neurons + 3), s=9, marker="|", color=COLOURS[i % 7])
+        ticks.append(i * (neurons + 3) + neurons / 2)
+    names = [f"layer {i} ({f.kind})" for i, f in enumerate(snn.layers[:-1])]
+    axes.set_yticks(ticks, names)
+    axes.set_xlabel("time step, streaming")
+    axes.set_title(f"Spikes of the first test image, {neurons} of the more active half of neurons")
+    return figure
+
+
+def draw_weights(pyplot, snn, most=64):
+    """The kernels of the first layer, grey where a weight is zero; none for a dense layer."""
+    w = snn.layers[0].w
+    figure, axes = pyplot.subplots(figsize=(6, 6), layout="constrained")
+    axes.set_axis_off()
+    if w is None or w.ndim < 4:
+        axes.text(0.5, 0.5, "the first layer is no convolution", ha="center")
+        return figure
+    size, channels, shown = len(w), w.shape[2], min(most, w.shape[3])
+    side = int(np.ceil(np.sqrt(shown)))
+    tiles = np.full((side * (size + 1), side * (size + 1), channels), np.nan)
+    for i in range(shown):
+        row, column = (size + 1) * (i // side), (size + 1) * (i % side)
+        tiles[row : row + size, column : column + size] = w[..., i] / np.abs(w[..., i]).max()
+    if channels == 3:
+        axes.imshow(np.nan_to_num(tiles, nan=1.0) / 2 + 0.5)
+    else:
+        image = axes.imshow(tiles[..., 0], cmap="cividis", vmin=-1, vmax=1)
+        figure.colorbar(image, label="weight, in units of the kernel's largest", shrink=0.7)
+    axes.set_title(f"first layer: {shown} of {w.shape[3]} kernels, {size} x {size} x {channels}")
+    return figure
 
 
 def stage_accuracies(args, recipe, net, params, log, test):
@@ -348,8 +550,32 @@ def stage_accuracies(args, recipe, net, params, log, test):
     return found
 
 
+def forecast(args, recipe, net, params, data, epochs):
+    """Return about how many seconds `epochs` of training and the simulation will take here, from
+    two training steps on a copy of the parameters: forward is a third of one, and a schedule
+    costs a forward for each step that is simulated one by one, and one for its delay."""
+    (images, labels), (tested, _) = data
+    few = min(recipe.batch, len(images))
+    for _ in range(2):  # the first one warms up
+        began = time.perf_counter()
+        cqsnn.train_epoch(
+            *(net, {k: a.copy() for k, a in params.items()}, {}, images[:few], labels[:few]),
+            *(recipe, args.seed, 0, lambda n: None, args.threads),
+        )
+        seconds = (time.perf_counter() - began) / few
+    delays = [cqsnn.delay_of(schedule, recipe.steps) for schedule in schedules_of(args)]
+    forwards = 1 + sum(recipe.steps - delay + (delay > 0) for delay in delays)
+    training = epochs * (len(images) + len(tested) / 3) * seconds
+    return training, len(args.weight_bits) * forwards * len(tested) / 3 * seconds
+
+
+def duration(seconds):
+    """Return seconds as a reader takes them in."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
 def convert_and_report(args, recipe, net, params, meta, folder, test, device):
-    """Convert to every width, simulate, write snn.npz, report.json and curve.png."""
+    """Convert to every width, simulate, write snn.npz, report.json and the pictures."""
     log, shape = meta["log"], test[0].shape[1:]
     report = {
         "command": " ".join(["python train_cq.py", *args.command]),
@@ -362,33 +588,38 @@ def convert_and_report(args, recipe, net, params, meta, folder, test, device):
         "recipe": asdict(recipe),
     }
     report |= stage_accuracies(args, recipe, net, params, log, test)
-    rows = []
-    for bits in dict.fromkeys(args.weight_bits):
+    how = {"shift": recipe.shift, "channel_scales": args.channel_scales}
+
+    def converted(bits, encoding):
+        return cqsnn.convert(net, params, shape, recipe.steps, bits, encoding=encoding, **how)
+
+    rows, first, *others = [], *dict.fromkeys(args.weight_bits)
+    for bits in (first, *others):
         began = time.perf_counter()
-        snn = cqsnn.convert(net, params, shape, recipe.steps, bits, recipe.shift, recipe.encoding)
+        snn = converted(bits, recipe.encoding)
         seconds = {"train": sum(line["seconds"] for line in log)}
         seconds["convert"] = time.perf_counter() - began
-        row = {"weight_bits": bits} | simulate(args, snn, test)
+        row = {"weight_bits": bits} | simulate(args, snn, test, brief=bits != first)
         row["seconds"] = seconds | row["seconds"]
         row["scales"] = cqsnn.scales(net, params, snn)
         if recipe.levels == recipe.steps:
             row["moved_levels"] = cqsnn.moved_levels(
                 net, params, snn, test[0], recipe, threads=args.threads
             )
-        if not rows:
-            cqsnn.save_snn(folder / "snn.npz", snn)
         rows.append(row)
-        print(
-            f"\n{bits}-bit weights, {report['dataset']}, {row['images']:,} test images, "
-            f"T = {recipe.steps}\n"
-            f"float CQ network {report['cq_accuracy']:.4f}   "
-            f"integer CNN {row['integer_accuracy']:.4f}"
-        )
-        print_table(row)
+        if bits == first:
+            cqsnn.save_snn(folder / "snn.npz", snn)
+            print_result(snn, report | row)
     report |= rows[0] | {"bits": rows}
+    if others:
+        print_widths(report)
+    other = converted(first, "direct" if recipe.encoding == "spikes" else "spikes")
+    few = [array[:OTHER_IMAGES] for array in test]
+    report["other_encoding"] = [{"encoding": other.encoding} | simulate(args, other, few)]
+    print_result(other, report | report["other_encoding"][0])
     write_json(folder / "report.json", report)
-    draw_curve(folder / "curve.png", report)
-    print(f"\nwritten: {', '.join(str(folder / n) for n in ('snn.npz', 'report.json'))}")
+    draw(folder, report, log, cqsnn.load_snn(folder / "snn.npz"), test[0][:20])
+    print(f"\nwritten to {folder}: snn.npz, report.json, log.jsonl and pictures (.png)")
 
 
 def train_and_convert(args):
@@ -423,17 +654,13 @@ def simulate_file(args):
     xp, device = array_library(args.device)
     test = load_data(args, xp)[1]
     report = {"command": " ".join(["python train_cq.py", *args.command]), "device": device}
-    report |= {"dataset": args.dataset, "steps": snn.steps} | simulate(args, snn, test)
-    print(
-        f"{args.simulate}: {snn.weight_bits}-bit weights, {args.dataset}, "
-        f"{report['images']:,} test images, T = {snn.steps}\n"
-        f"integer CNN {report['integer_accuracy']:.4f}"
-    )
-    print_table(report)
+    report |= {"dataset": args.dataset, "steps": snn.steps, "encoding": snn.encoding}
+    report |= simulate(args, snn, test)
+    print_result(snn, report)
     if args.out:
         with locked(Path(args.out)):
             write_json(Path(args.out) / "report.json", report)
-            draw_curve(Path(args.out) / "curve.png", report)
+            draw(Path(args.out), report, (), snn, test[0][:20])
 
 
 def main(command=None):
