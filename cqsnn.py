@@ -1504,7 +1504,7 @@ _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFAR10 = ("cifar-10-batches-bin", tuple(f"{name}.bin" for name in _BATCHES), ("test_batch.bin",))
 _CIFAR100 = ("cifar-100-binary", ("train.bin",), ("test.bin",))
 _TORONTO = "https://www.cs.toronto.edu/~kriz/"
-_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+_FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 DATASETS = {
     "digits": DataSet("digits", *_IDX, 10, "the project's folder data/digits"),
     "mnist": DataSet("mnist", *_IDX, 10, "https://ossci-datasets.s3.amazonaws.com/mnist/"),

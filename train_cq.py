@@ -9,6 +9,7 @@ Recipes, command line, progress, reports and pictures are here; all arithmetic i
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -61,9 +62,36 @@ class Parser(argparse.ArgumentParser):
 def parser():
     """Return the command line; an option that is not given is None: the recipe decides."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", default="digits", help=", ".join(cqsnn.DATASETS))
-    p.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    p.add_argument("--download", action="store_true", help="fetch the data set's official files")
+    data = p.add_argument_group("data")
+    data.add_argument("--dataset", default="digits", help=", ".join(cqsnn.DATASETS))
+    data.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets lie")
+    data.add_argument("--download", action="store_true", help="fetch the data set's official files")
+    data.add_argument("--limit", type=int, metavar="N", help="only the first N images of each part")
+    text = "compare recipes: test on the last N training images, not trained on"
+    data.add_argument("--hold-out", type=int, metavar="N", help=text)
+    add_recipe_options(p.add_argument_group("recipe: what the data set's own does not say"))
+    snn = p.add_argument_group("spiking network")
+    text = "2 to 16; with several, a table"
+    snn.add_argument("--weight-bits", type=int, nargs="+", default=[8], metavar="B", help=text)
+    text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
+    snn.add_argument("--channel-scales", action="store_true", help=text)
+    text = "streaming, synchronous or a delay of 0 to T steps a layer"
+    snn.add_argument("--schedule", nargs="+", metavar="S", help=text)
+    text = "simulate this file, train nothing"
+    snn.add_argument("--simulate", metavar="SNN.npz", help=text)
+    run = p.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, metavar="N")
+    run.add_argument("--device", default="auto", help="auto, cpu or gpu")
+    run.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
+    text = "the run folder (default: runs/DATASET-NET)"
+    run.add_argument("--out", metavar="DIR", help=text)
+    text = "go on with the run in the run folder"
+    run.add_argument("--resume", action="store_true", help=text)
+    return p
+
+
+def add_recipe_options(p):
+    """Add an option for each field of a Recipe."""
     p.add_argument("--net", help=", ".join(cqsnn.NETWORKS))
     p.add_argument("--encoding", help="input as spikes or direct (pixel levels at every step)")
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
@@ -78,35 +106,9 @@ def parser():
     p.add_argument("--dropout", type=float, metavar="X", help="after convolutions, 0 to 1")
     p.add_argument("--move", type=int, metavar="N", help="shift training images by up to N pixels")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror training images")
-    p.add_argument("--turn", type=float, metavar="X", help="turn training images by X degrees")
-    p.add_argument("--noise", type=float, metavar="X", help="on training images, white is 1")
-    p.add_argument("--cutout", type=int, metavar="N", help="paint over NxN pixels of each image")
-    p.add_argument("--seed", type=int, default=0, metavar="N")
-    p.add_argument("--weight-bits", type=int, nargs="+", default=[8], metavar="B", help="2 to 16")
-    p.add_argument(
-        *("--channel-scales",),
-        action="store_true",
-        help="a scale and threshold for each channel: better at few bits, if the hardware has it",
-    )
-    p.add_argument(
-        *("--schedule",),
-        nargs="+",
-        metavar="S",
-        help="streaming, synchronous or a delay of 0 to T steps a layer",
-    )
-    p.add_argument("--device", default="auto", help="auto, cpu or gpu")
-    p.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
-    p.add_argument("--out", metavar="DIR", help="the run folder (default: runs/DATASET-NET)")
-    p.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
-    p.add_argument("--simulate", metavar="SNN.npz", help="simulate this file, train nothing")
-    p.add_argument("--limit", type=int, metavar="N", help="use the first N images of each part")
-    p.add_argument(
-        *("--hold-out",),
-        type=int,
-        metavar="N",
-        help="compare recipes: test on the last N training images, not trained on",
-    )
-    return p
+    p.add_argument("--turn", type=float, metavar="X", help="turn them by up to X degrees")
+    p.add_argument("--noise", type=float, metavar="X", help="add Gaussian noise, white is 1")
+    p.add_argument("--cutout", type=int, metavar="N", help="paint over NxN pixels of each")
 
 
 def chosen_recipe(args):
@@ -344,10 +346,10 @@ def simulate(args, snn, test, brief=False):
     }
 
 
-def print_result(snn, report):
+def print_result(name, snn, report):
     """Print what each schedule costs and gives; what the columns mean is in the README."""
     print(
-        f"\n{report['dataset']}, {snn.weight_bits}-bit weights, {snn.encoding} input, "
+        f"\n{name}, {snn.weight_bits}-bit weights, {snn.encoding} input, "
         f"T = {snn.steps}, {report['images']:,} test images"
     )
     cq = f"float CQ network {report['cq_accuracy']:.4f}   " if "cq_accuracy" in report else ""
@@ -434,7 +436,9 @@ def draw_curve(pyplot, report):
 def draw_latency(pyplot, report):
     """Accuracy of the answer against the steps it takes, a point for each schedule."""
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for i, block in enumerate([report, *report.get("other_encoding", [])]):
+    for i, block in enumerate([report, report.get("other_encoding")]):
+        if block is None:
+            continue
         steps = list(block["steps_to_answer"].values())
         values, encoding = list(block["snn_accuracy"].values()), block["encoding"]
         label = f"{encoding} input, {block['images']:,} images"
@@ -475,6 +479,8 @@ def draw_training(pyplot, log):
 
 def draw_rates(pyplot, snn, reference, run):
     """The integer CNN's activation against the streaming spike rate, a panel for each layer."""
+    from matplotlib.colors import LogNorm
+
     shown = list(enumerate(zip(reference.counts, run.counts)))
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
@@ -485,32 +491,33 @@ def draw_rates(pyplot, snn, reference, run):
     bins = (np.arange(min(snn.steps, 64) + 2) - 0.5) / min(snn.steps, 64)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
+    norm = LogNorm(1, max(a.size for a in run.counts))  # one for all layers
     for axes, (i, (exact, counted)) in zip(grid.flat, shown):
         x, y = (cqsnn.to_host(a).ravel() / snn.steps for a in (exact, counted))
-        _, _, _, image = axes.hist2d(x, y, bins=bins, norm="log", cmap="cividis")
+        _, _, _, image = axes.hist2d(x, y, bins=bins, norm=norm, cmap="cividis")
         axes.set_title(f"layer {i} ({snn.layers[i].kind}), {np.mean(x != y):.1%} off", fontsize=8)
         axes.set_aspect("equal")
-    figure.colorbar(image, ax=grid, label="neurons in the last layer's bin (each layer its own)")
+    figure.colorbar(image, ax=grid, label="neurons")
     figure.supxlabel("activation of the integer CNN, k / T")
     figure.supylabel("spikes per step, streaming")
     return figure
 
 
 def draw_raster(pyplot, snn, run, neurons=24):
-    """Spikes over time of the most active neurons of each layer, for the first image."""
-    figure, axes = pyplot.subplots(figsize=(7, 5.5), layout="constrained")
-    ticks = []
+    """Spikes over time of neurons that fire, for the first image, the most active at the top."""
+    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.75 * len(run.spikes)), layout="constrained")
+    ticks = [i * (neurons + 3) + neurons / 2 for i in range(len(run.spikes))]
     for i, spikes in enumerate(run.spikes):
         fired = cqsnn.to_host(spikes[:, 0]).reshape(len(spikes), -1)  # (T, neurons)
-        order = np.argsort(-fired.sum(0), kind="stable")
-        chosen = fired[:, order[: len(order) // 2 or 1 : max(1, len(order) // (2 * neurons))]]
-        step, row = np.nonzero(chosen[:, :neurons])
+        active = np.argsort(fired.sum(0), kind="stable")[-np.count_nonzero(fired.any(0)) :]
+        chosen = active[np.linspace(0, len(active) - 1, min(neurons, len(active))).astype(int)]
+        step, row = np.nonzero(fired[:, chosen])
         axes.scatter(step + 1, row + i * (neurons + 3), s=9, marker="|", color=COLOURS[i % 7])
-        ticks.append(i * (neurons + 3) + neurons / 2)
-    names = [f"layer {i} ({f.kind})" for i, f in enumerate(snn.layers[:-1])]
-    axes.set_yticks(ticks, names)
+    axes.set_yticks(ticks, [f"layer {i} ({f.kind})" for i, f in enumerate(snn.layers[:-1])])
+    axes.set_ylim(-2, len(run.spikes) * (neurons + 3))
+    axes.set_xlim(0.5, snn.steps + 0.5)
     axes.set_xlabel("time step, streaming")
-    axes.set_title(f"Spikes of the first test image, {neurons} of the more active half of neurons")
+    axes.set_title(f"Spikes for the first test image: {neurons} of each layer's active neurons")
     return figure
 
 
@@ -576,7 +583,6 @@ def duration(seconds):
 
 def convert_and_report(args, recipe, net, params, meta, folder, test, device):
     """Convert to every width, simulate, write snn.npz, report.json and the pictures."""
-    log, shape = meta["log"], test[0].shape[1:]
     report = {
         "command": " ".join(["python train_cq.py", *args.command]),
         "seed": args.seed,
@@ -587,38 +593,34 @@ def convert_and_report(args, recipe, net, params, meta, folder, test, device):
         **{n: getattr(recipe, n) for n in ("net", "encoding", "levels", "shift", "steps")},
         "recipe": asdict(recipe),
     }
-    report |= stage_accuracies(args, recipe, net, params, log, test)
+    report |= stage_accuracies(args, recipe, net, params, meta["log"], test)
     how = {"shift": recipe.shift, "channel_scales": args.channel_scales}
-
-    def converted(bits, encoding):
-        return cqsnn.convert(net, params, shape, recipe.steps, bits, encoding=encoding, **how)
-
-    rows, first, *others = [], *dict.fromkeys(args.weight_bits)
-    for bits in (first, *others):
+    convert = functools.partial(cqsnn.convert, net, params, test[0].shape[1:], recipe.steps, **how)
+    rows, widths = [], list(dict.fromkeys(args.weight_bits))
+    for bits in widths:
         began = time.perf_counter()
-        snn = converted(bits, recipe.encoding)
-        seconds = {"train": sum(line["seconds"] for line in log)}
+        snn = convert(bits, encoding=recipe.encoding)
+        seconds = {"train": sum(line["seconds"] for line in meta["log"])}
         seconds["convert"] = time.perf_counter() - began
-        row = {"weight_bits": bits} | simulate(args, snn, test, brief=bits != first)
+        row = {"weight_bits": bits} | simulate(args, snn, test, brief=bool(rows))
         row["seconds"] = seconds | row["seconds"]
         row["scales"] = cqsnn.scales(net, params, snn)
         if recipe.levels == recipe.steps:
-            row["moved_levels"] = cqsnn.moved_levels(
-                net, params, snn, test[0], recipe, threads=args.threads
-            )
-        rows.append(row)
-        if bits == first:
+            how = {"threads": args.threads}
+            row["moved_levels"] = cqsnn.moved_levels(net, params, snn, test[0], recipe, **how)
+        if not rows:
             cqsnn.save_snn(folder / "snn.npz", snn)
-            print_result(snn, report | row)
+            print_result(args.dataset, snn, report | row)
+        rows.append(row)
     report |= rows[0] | {"bits": rows}
-    if others:
+    if len(rows) > 1:
         print_widths(report)
-    other = converted(first, "direct" if recipe.encoding == "spikes" else "spikes")
+    other = convert(widths[0], encoding="direct" if recipe.encoding == "spikes" else "spikes")
     few = [array[:OTHER_IMAGES] for array in test]
-    report["other_encoding"] = [{"encoding": other.encoding} | simulate(args, other, few)]
-    print_result(other, report | report["other_encoding"][0])
+    report["other_encoding"] = {"encoding": other.encoding} | simulate(args, other, few)
+    print_result(args.dataset, other, report | report["other_encoding"])
     write_json(folder / "report.json", report)
-    draw(folder, report, log, cqsnn.load_snn(folder / "snn.npz"), test[0][:20])
+    draw(folder, report, meta["log"], cqsnn.load_snn(folder / "snn.npz"), test[0][:20])
     print(f"\nwritten to {folder}: snn.npz, report.json, log.jsonl and pictures (.png)")
 
 
@@ -656,7 +658,7 @@ def simulate_file(args):
     report = {"command": " ".join(["python train_cq.py", *args.command]), "device": device}
     report |= {"dataset": args.dataset, "steps": snn.steps, "encoding": snn.encoding}
     report |= simulate(args, snn, test)
-    print_result(snn, report)
+    print_result(f"{args.simulate}: {args.dataset}", snn, report)
     if args.out:
         with locked(Path(args.out)):
             write_json(Path(args.out) / "report.json", report)

@@ -265,8 +265,10 @@ def report_of(run):
 def test_run_folder_holds_what_is_documented(quick):
     expected = {"model.npz", "snn.npz", "log.jsonl", "report.json"}
     if importlib.util.find_spec("matplotlib"):
-        expected |= {"curve.png"}
-        assert (quick / "run" / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        pictures = ("curve", "latency", "training", "rates", "raster", "weights")
+        expected |= {f"{name}.png" for name in pictures}
+        for name in pictures:
+            assert (quick / "run" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {path.name for path in (quick / "run").iterdir()} - {".lock"} == expected
     lines = [json.loads(line) for line in (quick / "run" / "log.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["stage"]) for line in lines] == [(1, "clamp"), (2, "quantize")]
@@ -320,8 +322,9 @@ def test_several_widths_give_a_row_each(tmp_path):
     assert [row["weight_bits"] for row in report["bits"]] == [4, 2, 16]
     for name, value in report["bits"][0].items():
         assert report[name] == value
+    schedules = [list(row["snn_accuracy"]) for row in report["bits"]]
+    assert schedules == [["synchronous", "3"], ["synchronous"], ["synchronous"]]
     for row in report["bits"]:
-        assert list(row["snn_accuracy"]) == ["synchronous", "3"]
         assert row["snn_accuracy"]["synchronous"] == row["integer_accuracy"]
         for scale, largest in (scales for scales in row["scales"] if scales):
             assert scale == int((2 ** (row["weight_bits"] - 1) - 1) / largest)
@@ -331,7 +334,10 @@ def test_several_widths_give_a_row_each(tmp_path):
         network = json.loads(str(file["network"]))
         assert network["weight_bits"] == 4
         assert np.abs(file["2.w"]).max() <= 7 * network["unit"]
-    assert all(f"{bits}-bit weights" in done.stdout for bits in (4, 2, 16))
+    for row in report["bits"]:
+        values = (report["cq_accuracy"], *[row["integer_accuracy"]] * 2)
+        table = [str(row["weight_bits"]), *(f"{value:.4f}" for value in values)]
+        assert table in [line.split() for line in done.stdout.splitlines()]
 
 
 def test_levels_other_than_steps_have_no_moved_levels(tmp_path):
@@ -352,7 +358,7 @@ def test_simulate_runs_a_file_at_another_number_of_steps(quick, tmp_path):
     done = train_cq(tmp_path, *how, "--steps", "5", "--out", "out")
     assert_works(done)
     rows = done.stdout.splitlines()
-    assert "T = 5" in rows[0]
+    assert "T = 5" in rows[1]
     assert [row.split()[0] for row in rows[-3:]] == ["synchronous", "delay", "streaming"]
     report = report_of(tmp_path / "out")
     assert report["steps_to_answer"] == {"synchronous": 25, "3": 17, "streaming": 5}
