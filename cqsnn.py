@@ -1348,6 +1348,159 @@ def moved_levels(net, params, snn, images, recipe, batch=100, threads=None):
     return (moved / neurons).tolist()
 
 
+class LayerCertificate(NamedTuple):
+    """What `certify` proves of a layer, for every image and for any spikes at its input."""
+
+    current: tuple  # the smallest and the largest of any neuron in one step
+    potential: tuple  # of the potential when it is compared with theta, and before
+    bits: int  # of a two's complement register that holds it
+    carrier: type  # the float type in which sums of one step are exact
+    early: int  # how many spikes too many a count can have, for the spike counts it receives
+    late: int  # how many too few
+    early_in_all: int  # the same against the integer CNN: errors of the layers before included
+    late_in_all: int
+
+
+def largest_of_smaller(rising, falling, low, high, shape):
+    """Return max over whole s from low to high of min(rising(s), falling(s)), at least 0, for
+    arrays of `shape`: one function grows with s, the other falls; bisection finds where."""
+    first, last = np.full(shape, low), np.full(shape, max(low, high))
+    while (first < last).any():
+        middle = (first + last) // 2
+        crossed = rising(middle) >= falling(middle)
+        first, last = np.where(crossed, first, middle + 1), np.where(crossed, middle, last)
+    at, before = (np.minimum(rising(s), falling(s)) for s in (first, np.maximum(first - 1, low)))
+    return np.maximum(np.maximum(at, before), 0) if low <= high else np.zeros(shape, np.int64)
+
+
+def count_errors(layer, lowest, highest, steps, delay):
+    """Bound how far the counts of a layer can be from clamp(floor(U / theta), 0, T), arrays like
+    `lowest` and `highest`, the currents that each neuron can have in a step. Let N = max(0,
+    -lowest), X = max(0, highest), and d the delay; P, Q, U as in DESIGN 3.4.
+    Early: let the last of c spikes fire at time s < T. Then c <= s - d, c theta <= P(s) <= v0 +
+    s X, and U >= P(s) - (T - s) N: the excess is at most min(c, ceil((T - s) N / theta)).
+    Late: let j be the last firing step without a spike, at which c_j >= floor(Q(j) / theta);
+    then U <= Q(j) + (T - d - j) X, and T - j spikes follow: the lack is at most
+    min(j, ceil((T - d - j) X / theta) - (T - j)). Both vanish for N = 0, X <= theta (law 5), and
+    for d >= T - 1, where every comparison sees the whole charge U."""
+    theta, v0 = (np.broadcast_to(a.astype(np.int64), lowest.shape) for a in (layer.theta, layer.v0))
+    down, up = np.maximum(-lowest, 0), np.maximum(highest, 0)
+    early = largest_of_smaller(
+        lambda s: np.minimum(s - delay, (v0 + s * up) // theta),
+        lambda s: -(-(steps - s) * down // theta),
+        *(delay + 1, steps - 1, lowest.shape),
+    )
+    late = largest_of_smaller(
+        lambda j: j,
+        lambda j: -(-(steps - delay - j) * up // theta) - (steps - j),
+        *(1, steps - delay - 1, lowest.shape),
+    )
+    return early, late
+
+
+def potential_range(layer, lowest, highest, steps, delay):
+    """Return the smallest and largest potential that a neuron of a layer can have when it is
+    compared, with N and X as in `count_errors`. Down: never a spike, v0 - T N, or N at each step
+    after one, when v >= 0. Up: (d + 1) X at the first comparison, then at most X - theta more at
+    each; or theta - 1 where it last did not fire, and X more. The last layer only sums up."""
+    down, up = (int(np.maximum(a, 0).max()) for a in (-lowest, highest))
+    v0, theta = (int(a.max()) for a in (layer.v0, layer.theta))
+    if not layer.fires:
+        return -steps * down, steps * up
+    left = max(steps - delay - 1, 0)
+    growth = max(0, int((highest - layer.theta.astype(np.int64)).max()))
+    first = v0 + min(delay + 1, steps) * up + left * growth
+    later = theta - 1 + up + (left - 1) * growth if left else 0
+    return min(int(layer.v0.min()) - steps * down, -left * down), max(first, later)
+
+
+def certify(snn, schedule="streaming"):
+    """Return a LayerCertificate for each layer of a SpikingNetwork under a schedule.
+    A neuron's extreme currents are those of its positive, and of its negative weights, all
+    inputs spiking: of `linear` on ones, so borders are respected. An input count off by e moves
+    the charge by w e, and the count it stands for by at most ceil(|w| e / theta)."""
+    steps, delay, rows = snn.steps, delay_of(schedule, snn.steps), []
+    early_in_all = late_in_all = np.zeros(snn.input_shape)  # the encoder is exact (law 3)
+    for i, (layer, shape) in enumerate(zip(snn.layers, snn.shapes[1:])):
+        largest = snn.largest_input(i)
+        bound = largest_sum(layer, largest, 1)
+        integer_dtype(steps * bound)  # or whole numbers of 64 bits would not hold what follows
+        w = np.ones(()) if layer.w is None else layer.w.astype(np.float64)
+
+        def sums(x, sign, layer=layer, shape=shape, w=w):
+            x = x[None] * (sign > 0 or layer.kind != "pool")  # a pooling has weights 1 alone
+            return linear(layer, x, np.maximum(sign * w, 0))[0].reshape(shape).astype(np.int64)
+
+        white = np.full(snn.shapes[i], float(largest))
+        b = 0 if layer.b is None else layer.b.astype(np.int64)
+        lowest, highest = b - sums(white, -1), b + sums(white, 1)
+        early = late = np.zeros(shape, np.int64)
+        if layer.fires and not (i == 0 and snn.encoding == "direct"):  # constant: law 4
+            early, late = count_errors(layer, lowest, highest, steps, delay)
+        more = sums(early_in_all, 1) + sums(late_in_all, -1)
+        less = sums(late_in_all, 1) + sums(early_in_all, -1)
+        theta = layer.theta.astype(np.int64) if layer.fires else 1
+        early_in_all, late_in_all = (
+            np.minimum(own - (-moved // theta), steps if layer.fires else 2**62).astype(np.float64)
+            for own, moved in ((early, more), (late, less))
+        )
+        potential = potential_range(layer, lowest, highest, steps, delay)
+        bits = max(max(end, 0).bit_length() for end in (-potential[0] - 1, potential[1])) + 1
+        current = int(lowest.min()), int(highest.max())
+        errors = (int(a.max()) for a in (early, late, early_in_all, late_in_all))
+        rows.append(LayerCertificate(current, potential, bits, exact_dtype(bound), *errors))
+    return rows
+
+
+class Divergence(NamedTuple):
+    """Where the spikes of a layer leave what its counts in the integer CNN need. A spike train is
+    astray from the step at which it has one spike too many, or too few steps left for the rest."""
+
+    wrong: np.ndarray  # (N, neurons): the count minus the integer CNN's
+    ties: np.ndarray  # (N,) comparisons in which a potential met theta exactly
+    first_step: np.ndarray  # (N,) the layer's own time step at which a neuron first is astray, or 0
+    first_neuron: np.ndarray  # (N,) that neuron, an index into H, W, C order
+
+
+def divergence(snn, k0, schedule="streaming", threads=None):
+    """Simulate k0 (N, H, W, C), recording; return the Run, the Reference and a Divergence for
+    each firing layer. Memory grows with N T: a few images at a time."""
+    run, reference = simulate(snn, k0, schedule, True, threads=threads), integer_forward(snn, k0)
+    xp, steps, delay, rows = array_module(k0), snn.steps, delay_of(schedule, snn.steps), []
+    x, seen_at = Source(k0, steps, snn.encoding).spikes(steps), xp.arange(steps)
+    steps_left, seen_at = steps - 1 - seen_at, xp.minimum(seen_at + delay, steps - 1)
+    for i, (layer, spikes, exact) in enumerate(zip(snn.layers, run.spikes, reference.counts)):
+        bound = largest_sum(layer, snn.largest_input(i), 1)
+        sums = Sums(layer, xp, exact_dtype(bound), integer_dtype(steps * bound))
+        charge = sums(x.reshape(-1, *x.shape[2:]), 1).reshape(spikes.shape).cumsum(0)
+        charge += xp.asarray(layer.v0)  # P(t), then the potential that each comparison meets
+        fired = spikes.cumsum(0, dtype=np.int64)  # (T, N, ...)
+        potential = charge[seen_at] - xp.asarray(layer.theta) * (fired - spikes)
+        ties = (potential == xp.asarray(layer.theta)).reshape(steps, len(k0), -1).sum((0, 2))
+        left = steps_left.reshape(-1, *(1,) * (fired.ndim - 1))
+        astray = ((fired > exact) | (fired + left < exact)).reshape(steps, len(k0), -1)
+        when = xp.where(astray.any(0), astray.argmax(0), steps)  # (N, neurons)
+        first = when.argmin(1)
+        step = when[xp.arange(len(k0)), first] + 1
+        wrong = (fired[-1] - exact).reshape(len(k0), -1)
+        rows.append(Divergence(wrong, ties, xp.where(step > steps, 0, step), first))
+        x = spikes
+    return run, reference, rows
+
+
+def spike_digest(snn, k0, schedule="streaming", together=8, **how):
+    """Return SHA-256 over, image by image, every firing layer's spikes (T, H, W, C) as bytes and
+    the logits as little-endian int64: one line to compare two machines by."""
+    found = hashlib.sha256()
+    for start in range(0, len(k0), together):
+        run = simulate(snn, k0[start : start + together], schedule, True, **how)
+        for n, logits in enumerate(to_host(run.logits)):
+            for spikes in run.spikes:
+                found.update(to_host(spikes[:, n]).tobytes())
+            found.update(logits.astype("<i8").tobytes())
+    return found.hexdigest()
+
+
 # 7  Files -----------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import platform
 import sys
@@ -79,6 +80,13 @@ def parser():
     snn.add_argument("--schedule", nargs="+", metavar="S", help=text)
     text = "simulate this file, train nothing"
     snn.add_argument("--simulate", metavar="SNN.npz", help=text)
+    asked = p.add_argument_group("about the network of --simulate, instead of its accuracy")
+    text = "prove, without images, what its potentials and its wrong counts can reach"
+    asked.add_argument("--certify", action="store_true", help=text)
+    text = "show where spikes leave what the integer CNN needs: for a test image, or for all"
+    asked.add_argument("--explain", nargs="?", const="all", metavar="INDEX", help=text)
+    text = "print one SHA-256 of every spike, to compare machines by"
+    asked.add_argument("--digest", action="store_true", help=text)
     run = p.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, metavar="N")
     run.add_argument("--device", default="auto", help="auto, cpu or gpu")
@@ -387,13 +395,7 @@ STYLES = ("-", "--", ":", "-.")
 def draw(folder, report, log=(), snn=None, sample=None):
     """Draw the run's pictures into its folder: curve.png and latency.png from the report,
     training.png from the log, rates.png, raster.png and weights.png from the network and a
-    sample of images (N, H, W, C). Without matplotlib, say so and go on."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("pictures are left out: matplotlib is not installed")
-        return
+    sample of images (N, H, W, C)."""
     pictures = {"curve": (draw_curve, report), "latency": (draw_latency, report)}
     if log:
         pictures["training"] = draw_training, log
@@ -403,6 +405,17 @@ def draw(folder, report, log=(), snn=None, sample=None):
         pictures["rates"] = draw_rates, snn, cqsnn.integer_forward(snn, k0), run
         pictures["raster"] = draw_raster, snn, run
         pictures["weights"] = draw_weights, snn
+    save_pictures(folder, pictures)
+
+
+def save_pictures(folder, pictures):
+    """Draw pictures, name: (function, what it draws), into a folder as NAME.png."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("pictures are left out: matplotlib is not installed")
+        return
     for name, (picture, *what) in pictures.items():
         figure = picture(pyplot, *what)
         cqsnn.write_file(
@@ -518,6 +531,39 @@ def draw_raster(pyplot, snn, run, neurons=24):
     axes.set_xlim(0.5, snn.steps + 0.5)
     axes.set_xlabel("time step, streaming")
     axes.set_title(f"Spikes for the first test image: {neurons} of each layer's active neurons")
+    return figure
+
+
+def draw_explanation(pyplot, snn, run, reference, rows, i, names):
+    """One image: its logits over time, the wrong counts of each layer, and the spikes of the
+    neuron that is astray first beside the count that it needs."""
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    steps = range(1, snn.steps + 1)
+    for k, name in enumerate(names):
+        style = {"color": COLOURS[k], "linestyle": STYLES[k]}
+        left.plot(steps, cqsnn.to_host(run.logits_over_time[:, 0, name]), **style)
+        exact = float(reference.logits[0, name])
+        left.plot(snn.steps, exact, "o", color=COLOURS[k], label=f"class {name}, dot: integer CNN")
+    left.set_xlabel("time step of the last layer")
+    left.set_ylabel("logit, potential of the last layer")
+    left.legend(fontsize=7)
+    sums, places = divergence_sums(rows), np.arange(len(rows))
+    neurons = [math.prod(shape) for shape in snn.shapes[1:-1]]
+    middle.bar(places - 0.2, sums[:, 1] / neurons, 0.4, color=COLOURS[4], label="too many")
+    middle.bar(places + 0.2, sums[:, 2] / neurons, 0.4, color=COLOURS[5], label="too few")
+    middle.set_xlabel("layer")
+    middle.set_ylabel("spikes a neuron")
+    middle.legend(fontsize=7)
+    if i is not None:
+        neuron, step = int(rows[i].first_neuron[0]), int(rows[i].first_step[0])
+        fired = cqsnn.to_host(run.spikes[i][:, 0]).reshape(snn.steps, -1)[:, neuron].cumsum()
+        needed = int(reference.counts[i][0].reshape(-1)[neuron])
+        right.step(steps, fired, where="post", color=COLOURS[0], label="spikes so far")
+        right.axhline(needed, color="0.4", linestyle="--", label="count of the integer CNN")
+        right.axvline(step, color=COLOURS[4], linestyle=":", label="astray from here")
+        right.set_title(f"layer {i}, neuron {neuron}", fontsize=9)
+        right.legend(fontsize=7)
+    right.set_xlabel("time step of the layer")
     return figure
 
 
@@ -645,6 +691,104 @@ def train_and_convert(args):
         convert_and_report(args, recipe, net, params, meta, folder, data[1], device)
 
 
+def print_certificate(snn, schedule):
+    """Print what `certify` proves of a network under a schedule."""
+    print(f"\n{schedule_label(schedule)}, T = {snn.steps}, {snn.encoding} input, for every image:")
+    print(
+        f"{'layer':14} {'current in a step':>22} {'potential':>24} {'bits':>4} {'sums':>8} "
+        f"{'own error':>12} {'error in all':>14}"
+    )
+    rows = cqsnn.certify(snn, schedule)
+    for i, (layer, row) in enumerate(zip(snn.layers, rows)):
+        errors = [f"+{row.early} -{row.late}", f"+{row.early_in_all} -{row.late_in_all}"]
+        if layer.fires:
+            errors = ["exact" if error == "+0 -0" else error for error in errors]
+        print(
+            f"{f'{i} {layer.kind}':14} {'{:,} to {:,}'.format(*row.current):>22} "
+            f"{'{:,} to {:,}'.format(*row.potential):>24} {row.bits:4} {row.carrier.__name__:>8} "
+            f"{errors[0] if layer.fires else 'logits':>12} {errors[1]:>14}"
+        )
+    if cqsnn.delay_of(schedule, snn.steps) >= snn.steps - 1:
+        print("Exact: every comparison with theta sees the whole charge (README, certificate).")
+
+
+def print_divergences(snn, rows, images):
+    """Print for each firing layer what `divergence` found, over so many images."""
+    print(f"{'layer':14} {'wrong counts':>12} {'spikes too many':>16} {'too few':>10} {'ties':>10}")
+    for i, (layer, (wrong, early, late, ties)) in enumerate(zip(snn.layers, rows)):
+        neurons = math.prod(snn.shapes[i + 1])
+        print(
+            f"{f'{i} {layer.kind}':14} {wrong / neurons / images:12.2%} {early / images:16,.1f} "
+            f"{late / images:10,.1f} {ties / images:10,.1f}"
+        )
+
+
+def divergence_sums(rows):
+    """Return (wrong, spikes too many, too few, ties) of each firing layer, over its images."""
+    found = []
+    for row in rows:
+        wrong = cqsnn.to_host(row.wrong)
+        sums = (np.count_nonzero(wrong), wrong[wrong > 0].sum(), -wrong[wrong < 0].sum())
+        found.append((*sums, int(row.ties.sum())))
+    return np.array(found, np.int64)
+
+
+def explain_all(args, snn, test, schedule):
+    """Print a table over all test images: in which layers spikes go astray, and how."""
+    images = test[0]
+    total, disagree, began = 0, 0, np.zeros(len(snn.layers), int)
+    with Bar(len(images), f"explaining {schedule_label(schedule)}") as progress:
+        for start in range(0, len(images), 4):
+            k0 = cqsnn.predicted(snn, images[start : start + 4])
+            run, reference, rows = cqsnn.divergence(snn, k0, schedule, args.threads)
+            total = total + divergence_sums(rows)
+            disagree += int((run.logits.argmax(1) != reference.logits.argmax(1)).sum())
+            astray = np.array([cqsnn.to_host(row.first_step) > 0 for row in rows] + [[1] * len(k0)])
+            began += np.bincount(astray.argmax(0), minlength=len(snn.layers))
+            progress.update(len(k0))
+    print(
+        f"\n{schedule_label(schedule)}, T = {snn.steps}: {disagree:,} of {len(images):,} images "
+        "are classified otherwise than by the integer CNN; means of an image:"
+    )
+    print_divergences(snn, total, len(images))
+    first = ", ".join(f"{n:,} in layer {i}" for i, n in enumerate(began[:-1]) if n)
+    print(f"first astray: {first or 'nowhere'}; {began[-1]:,} images in no layer")
+
+
+def explain_image(args, snn, test, schedule, index):
+    """Print, and with --out draw, how one image's spikes leave what the integer CNN needs."""
+    k0 = cqsnn.predicted(snn, test[0][index : index + 1])
+    run, reference, rows = cqsnn.divergence(snn, k0, schedule, args.threads)
+    truth, exact, ours = (
+        int(a) for a in (test[1][index], reference.logits.argmax(), run.logits.argmax())
+    )
+    print(
+        f"\nimage {index}, label {truth}: the integer CNN says {exact}, {schedule_label(schedule)} "
+        f"(T = {snn.steps}) says {ours}"
+    )
+    print_divergences(snn, divergence_sums(rows), 1)
+    i = next((i for i, row in enumerate(rows) if row.first_step[0]), None)
+    if i is None:
+        print("no spike train is astray: every count is the integer CNN's")
+    else:
+        neuron, step = int(rows[i].first_neuron[0]), int(rows[i].first_step[0])
+        place = tuple(int(n) for n in np.unravel_index(neuron, snn.shapes[i + 1]))
+        needed = int(reference.counts[i][0].reshape(-1)[neuron])
+        fired = int(run.spikes[i][:step, 0].reshape(step, -1)[:, neuron].sum())
+        print(
+            f"first astray: layer {i} ({snn.layers[i].kind}), neuron {place}, at its step {step}: "
+            f"{fired} spikes so far, where the integer CNN counts {needed} in {snn.steps} steps"
+        )
+    second = int(cqsnn.to_host(reference.logits[0]).argsort()[-2])
+    names = list(dict.fromkeys((truth, exact, ours, second)))
+    print("logits after step " + "".join(f"{f'class {name}':>14}" for name in names))
+    for t in sorted({1, *(snn.steps * k // 4 for k in (1, 2, 3, 4))} - {0}):
+        values = run.logits_over_time[t - 1, 0]
+        print(f"{t:17} " + "".join(f"{int(values[name]):14,}" for name in names))
+    print(f"{'integer CNN':>17} " + "".join(f"{int(reference.logits[0, n]):14,}" for n in names))
+    return draw_explanation, snn, run, reference, rows, i, names
+
+
 def simulate_file(args):
     """Simulate an SNN file on a data set's test images, at its own T or at --steps."""
     snn = cqsnn.load_snn(args.simulate)
@@ -653,8 +797,20 @@ def simulate_file(args):
         snn = replace(snn, steps=args.steps)
     cqsnn.check_choice("--dataset", args.dataset, RECIPES)
     check_arguments(args, snn.steps)
+    if args.certify:
+        for schedule in schedules_of(args):
+            print_certificate(snn, schedule)
+        return
     xp, device = array_library(args.device)
     test = load_data(args, xp)[1]
+    if args.digest:
+        for schedule in schedules_of(args):
+            digest = cqsnn.spike_digest(snn, cqsnn.predicted(snn, test[0]), schedule)
+            print(f"{schedule_label(schedule):12} {len(test[0]):6,} images  {digest}")
+        return
+    if args.explain:
+        explain(args, snn, test)
+        return
     report = {"command": " ".join(["python train_cq.py", *args.command]), "device": device}
     report |= {"dataset": args.dataset, "steps": snn.steps, "encoding": snn.encoding}
     report |= simulate(args, snn, test)
@@ -665,10 +821,28 @@ def simulate_file(args):
             draw(Path(args.out), report, (), snn, test[0][:20])
 
 
+def explain(args, snn, test):
+    """Explain every schedule, for one image or for all of them."""
+    if args.explain != "all" and not args.explain.isdecimal():
+        raise ValueError(f"--explain: {args.explain!r}, expected the number of a test image")
+    for schedule in schedules_of(args):
+        if args.explain == "all":
+            explain_all(args, snn, test, schedule)
+            continue
+        index = int(args.explain)
+        cqsnn.check_range("--explain", index, 0, len(test[0]) - 1)
+        picture = explain_image(args, snn, test, schedule, index)
+        if args.out:
+            with locked(Path(args.out)):
+                save_pictures(Path(args.out), {f"explain-{index}-{schedule}": picture})
+
+
 def main(command=None):
     """Run the command line; return its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
     command = sys.argv[1:] if command is None else command
     warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
+    # training says itself, in one line, where a loss ceased to be finite
+    warnings.filterwarnings("ignore", "(overflow|invalid value|divide by zero) enc", RuntimeWarning)
     try:
         args = parser().parse_args(command)
         args.command = command

@@ -164,3 +164,38 @@ def images(draw, snn, most=4):
     n = draw(st.integers(1, most))
     pixels = rng.choice(np.array([0, 255, *range(256)], np.uint8), (n, *snn.input_shape))
     return cqsnn.predicted(snn, pixels)
+
+
+def deep_network(name, steps, encoding="spikes", seed=0):
+    """A network of the table with random whole weights, the same on every machine: uniform from
+    -127 to 127, a threshold near the spread of a layer's current, so that all depths fire."""
+    rng, shape, layers = np.random.default_rng(seed), (32, 32, 3), []
+    net = cqsnn.NETWORKS[name]
+    for i, (f, out) in enumerate(zip(net, cqsnn.output_shapes(net, shape, 10), strict=True)):
+        fires, w, b = i < len(net) - 1, None, None
+        before = shape if i == 0 else cqsnn.output_shapes(net, shape, 10)[i - 1]
+        kernel = {
+            "conv": (f.size, f.size, before[-1], out[-1]),
+            "depthwise": (f.size, f.size, out[-1]),
+            "dense": (int(np.prod(before)), out[-1]),
+        }.get(f.kind)
+        theta = f.size**2
+        if kernel:
+            w = rng.integers(-127, 128, kernel, dtype=np.int32)
+            theta = int(73 * np.prod(kernel[:-1]) ** 0.5 * (2 if f.kind == "conv" else 10)) // 8
+            if f.kind == "depthwise":
+                w, theta = abs(w), 255  # a mean of spikes
+            b = rng.integers(0, theta // 8 + 1, out[-1], dtype=np.int32)
+        if i == 0 and encoding == "direct":
+            b, theta = b * 255, theta * 255
+        ends = np.int32(theta), np.int32(theta // 2 if fires else 0)
+        layers.append(cqsnn.SpikingLayer(f.kind, f.size, f.stride, f.pad, fires, w, b, *ends))
+    snn = cqsnn.SpikingNetwork(steps, shape, 10, 8, 1, encoding, tuple(layers))
+    cqsnn.check_network(snn)
+    return snn
+
+
+def deep_images(snn, n, seed=1):
+    """n random images for a network of `deep_network`, as what they send."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (n, *snn.input_shape), dtype=np.uint8)
+    return cqsnn.predicted(snn, pixels)

@@ -6,15 +6,21 @@ import importlib.util
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import TimeoutExpired
 
 import numpy as np
 import pytest
+
+import cqsnn
+import train_cq as train_cq_module
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--limit", "100", "--steps", "8"]
@@ -471,6 +477,133 @@ def test_killed_run_goes_on_to_the_same_bits(unstopped, tmp_path):
     assert 12 <= epochs_done(tmp_path) < 18
     assert_works(train_cq(tmp_path, *LONG, "--resume", "--threads", "1"))
     assert_same_bits(unstopped / "run", tmp_path / "run")
+
+
+def test_run_killed_at_random_moments_goes_on_to_the_same_bits(unstopped, tmp_path):
+    """Wherever it was: before the first checkpoint, while one is written, while it converts."""
+    seed = int.from_bytes(os.urandom(4))
+    moments = np.random.default_rng(seed).uniform(0.2, 4, 5).tolist()
+    model = tmp_path / "run" / "model.npz"
+    for seconds in moments:
+        more = ["--resume"] if model.exists() else []
+        with started(tmp_path, *LONG, *more) as running, contextlib.suppress(TimeoutExpired):
+            running.communicate(timeout=seconds)
+    done = train_cq(tmp_path, *LONG, *(["--resume"] if model.exists() else []))
+    assert done.returncode == 0, (seed, moments, done.stderr)
+    assert_same_bits(unstopped / "run", tmp_path / "run")
+
+
+def limited_files():
+    """In a child process: no file may grow beyond 20,000 bytes, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+
+
+def test_full_disk_ends_with_one_line_and_the_last_good_checkpoint(tmp_path):
+    with started(tmp_path, *LONG) as running:
+        stop_after_epochs(running, 3, signal.SIGKILL)
+    before = (tmp_path / "run" / "model.npz").read_bytes()
+    assert len(before) > 20000
+    full = subprocess.run(
+        [*COMMAND, *LONG, "--resume"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=limited_files,
+    )
+    assert_refused(full, "File too large")
+    assert (tmp_path / "run" / "model.npz").read_bytes() == before
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left <= {".lock", "model.npz", "log.jsonl"}
+
+
+def test_lost_run_folder_ends_with_one_line(tmp_path):
+    with started(tmp_path, *LONG) as running:
+        for line in running.stdout:
+            if line.startswith("epoch "):
+                break
+        shutil.rmtree(tmp_path / "run")
+        _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert re.fullmatch(r"train_cq: [^\n]*run[^\n]*\n", errors)
+
+
+def test_infinite_loss_ends_with_its_epoch_and_layer(tmp_path):
+    done = train_cq(tmp_path, *QUICK, "--clamp-epochs", "3", "--lr", "1e39", "--out", "run")
+    assert done.returncode == 1
+    assert re.fullmatch(r"train_cq: epoch 2 \(clamp\)[^\n]* layer \d [^\n]*--lr\n", done.stderr)
+
+
+def test_held_out_images_are_tested_and_not_trained_on(tmp_path):
+    held = ["--hold-out", "30", "--limit", "100", "--clamp-epochs", "1", "--quantize-epochs", "0"]
+    done = train_cq(tmp_path, *held, "--schedule", "synchronous", "--steps", "8", "--out", "run")
+    assert_works(done)
+    assert "100 images to train, 30 to test" in done.stdout
+    assert report_of(tmp_path / "run")["images"] == 30
+    args = train_cq_module.parser().parse_args(["--hold-out", "30"])
+    (train, _), (test, _) = train_cq_module.load_data(args, np)
+    (every, _), _ = cqsnn.load_dataset("digits", ROOT / "data")
+    assert (np.concatenate([train, test]) == every).all() and len(test) == 30
+    assert_refused(train_cq(tmp_path, "--hold-out", "1297"), "--hold-out", "1297", "1 to 1296")
+
+
+def test_channel_scales_give_each_channel_its_threshold(tmp_path):
+    done = train_cq(tmp_path, *QUICK, "--channel-scales", "--weight-bits", "4", "--out", "run")
+    assert_works(done)
+    with np.load(tmp_path / "run" / "snn.npz") as file:
+        assert [file[f"{i}.theta"].shape for i in range(5)] == [(32,), (), (64,), (), ()]
+        unit = json.loads(str(file["network"]))["unit"]
+        for i in (0, 2):  # every channel uses its bits
+            largest = np.abs(file[f"{i}.w"]).max((0, 1, 2)) // unit
+            assert (largest <= 7).all() and (largest >= 4).all()
+
+
+def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):
+    how = ["--simulate", quick / "run" / "snn.npz", "--limit", "9"]
+    done = train_cq(tmp_path, *how, "--certify", "--schedule", "streaming", "synchronous")
+    assert_works(done)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[:2] for row in rows if row[:1] == ["1"]] == [["1", "pool"]] * 2
+    assert all(row[-1] == "exact" or "+" in row[-2] for row in rows if row[:1] in (["1"], ["3"]))
+    assert "Exact: every comparison" in done.stdout
+
+    done = train_cq(tmp_path, *how, "--explain", "--schedule", "synchronous")
+    assert_works(done)
+    assert "0 of 9 images are classified otherwise" in done.stdout
+    assert "first astray: nowhere; 9 images in no layer" in done.stdout
+
+    done = train_cq(tmp_path, *how, "--explain", "3", "--schedule", "1", "--out", "out")
+    assert_works(done)
+    assert "image 3, label" in done.stdout and "logits after step" in done.stdout
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "out" / "explain-3-1.png").exists()
+    assert_refused(train_cq(tmp_path, *how, "--explain", "9"), "--explain", "9", "0 to 8")
+    assert_refused(train_cq(tmp_path, *how, "--explain", "x"), "--explain", "'x'")
+
+    done = train_cq(tmp_path, *how, "--digest", "--schedule", "streaming", "2")
+    assert_works(done)
+    snn = cqsnn.load_snn(quick / "run" / "snn.npz")
+    images = cqsnn.load_dataset("digits", ROOT / "data")[1][0][:9]
+    digests = [line.split()[-1] for line in done.stdout.splitlines()]
+    k0 = cqsnn.predicted(snn, images)
+    assert digests == [cqsnn.spike_digest(snn, k0, s) for s in ("streaming", "2")]
+
+
+def test_progress_is_plain_lines_without_a_terminal(capsys):
+    with train_cq_module.Bar(100, "epoch 1/2 clamp") as progress:
+        progress.mininterval = 0
+        progress.update(40)
+        progress.update(60)
+    shown = capsys.readouterr().out
+    assert re.fullmatch(r"  epoch 1/2 clamp: +40% 40.0/100 \[[^\n]*images/s\]\n", shown)
+
+
+def test_what_a_run_will_take_is_said_before_it_starts(tmp_path):
+    done = train_cq(tmp_path, *QUICK, "--out", "run")
+    lines = done.stdout.splitlines()
+    ahead = next(i for i, line in enumerate(lines) if line.startswith("about "))
+    text = r"about \d+ (s|min) of training and \d+ (s|min) of simulation ahead"
+    assert re.fullmatch(text, lines[ahead])
+    assert ahead < next(i for i, line in enumerate(lines) if line.startswith("epoch "))
 
 
 def test_resume_of_a_run_that_is_over_changes_no_bit(quick, tmp_path):

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +168,22 @@ def test_law_9_batch_chunk_threads_and_recording_change_no_bit(data):
     if other.spikes is not None:
         pairs = zip(plain.spikes, other.spikes, strict=True)
         assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding"), [("vgg*", "spikes"), ("vgg19-tp", "direct")], ids=["vgg*", "vgg19-tp"]
+)
+@pytest.mark.parametrize("schedule", ["streaming", "2", "synchronous"])
+def test_law_9_at_full_depth_digests_are_those_of_the_readme(name, encoding, schedule):
+    """The README's lines of tests/audit/same_spikes.py, for several batches, chunks, threads."""
+    snn = oracle.deep_network(name, 8, encoding)
+    k0 = oracle.deep_images(snn, 4)
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    (line,) = (row for row in readme.splitlines() if row.split()[:3] == [name, encoding, schedule])
+    expected = line.split()[3]
+    assert len(expected) == 64
+    for how in ({}, {"together": 3, "batch": 2, "chunk": 3, "threads": 1}, {"batch": 1}):
+        assert cqsnn.spike_digest(snn, k0, schedule, **how) == expected
 
 
 def test_law_10_cupy_equals_numpy_bit_for_bit():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -112,6 +113,65 @@ def test_every_shift_occurs_and_mirrors_alternate():
     first, second, third = (cqsnn.mirrored_images(1000, 3, epoch) for epoch in range(3))
     assert (first != second).all() and (first == third).all()
     assert 400 < first.sum() < 600  # a fair coin: six standard deviations
+
+
+def no_mirrors(n):
+    return np.zeros(n, bool)
+
+
+def test_a_quarter_turn_is_numpys_and_no_turn_changes_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 7, 7, 2), dtype=np.uint8)
+    still = cqsnn.augment(images, no_mirrors(3), 0, rng, turn=1e-9)
+    assert (still == images).all()
+    rows, columns = np.arange(7)[None, :, None], np.arange(7)[None, None]
+    angles = np.deg2rad([90.0, -90.0, 180.0])
+    turned = cqsnn.turn_about_middle(images, rows, columns, angles)
+    for image, result, quarters in zip(images, turned, (1, -1, 2), strict=True):
+        # cos of 90 degrees is 6e-17, which moves a pixel of 255 by far less than 1e-9
+        assert abs(result - np.rot90(image, -quarters)).max() < 1e-4  # float32 weights
+
+
+def test_small_turns_stay_within_their_degrees_and_turn_both_ways():
+    rows, columns = np.indices((33, 33)) - 16
+    wedge = (255 * (abs(rows) <= 1) * (columns > 0)).astype(np.uint8)  # points right
+    images = np.repeat(wedge[None, :, :, None], 400, 0)
+    turned = cqsnn.augment(images, no_mirrors(400), 0, np.random.default_rng(0), turn=20.0)
+    weight = turned[..., 0].astype(float)
+    ys, xs = ((weight * place).sum((1, 2)) / weight.sum((1, 2)) for place in (rows, columns))
+    angle = np.rad2deg(np.arctan2(ys, xs))
+    # the middle of gravity of a blurred bar: within half a degree of its angle
+    assert 18 < angle.max() < 20.5 and -20.5 < angle.min() < -18
+    assert abs(angle.mean()) < 4 * 20 / 3**0.5 / 400**0.5
+
+
+def test_noise_has_its_deviation_and_leaves_pixels_whole():
+    images = np.full((40, 16, 16, 3), 128, np.uint8)
+    noisy = cqsnn.augment(images, no_mirrors(40), 0, np.random.default_rng(0), noise=0.05)
+    assert noisy.dtype == np.uint8
+    change = noisy.astype(float) - 128
+    # 30,720 draws: the deviation 12.75 (and 1/12 of rounding) within four standard errors
+    assert change.std() == pytest.approx((12.75**2 + 1 / 12) ** 0.5, rel=4 / (2 * 30720) ** 0.5)
+    assert abs(change.mean()) < 4 * 12.75 / 30720**0.5
+    black = np.zeros((2, 4, 4, 1), np.uint8)
+    assert cqsnn.augment(black, no_mirrors(2), 0, np.random.default_rng(0), noise=0.5).max() <= 255
+
+
+@given(st.integers(1, 12), st.integers(0, 2**32))
+def test_cutout_paints_one_square_of_the_mean_colour(side, seed):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (5, 9, 8, 3), dtype=np.uint8)
+    for image, result in zip(
+        images, cqsnn.augment(images, no_mirrors(5), 0, rng, cutout=side), strict=True
+    ):
+        colour = np.rint(image.mean((0, 1))).astype(np.uint8)
+        squares = []
+        for top in range(-(side // 2), 9 - side // 2):
+            for left in range(-(side // 2), 8 - side // 2):
+                painted = image.copy()
+                painted[max(top, 0) : top + side, max(left, 0) : left + side] = colour
+                squares.append((painted == result).all())
+        assert any(squares)
 
 
 def test_network_input_is_what_the_spiking_network_will_get():
@@ -282,10 +342,15 @@ def test_an_epoch_takes_every_image_once_in_its_own_order_at_the_rate_of_its_pla
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_epoch():
+@pytest.mark.parametrize(
+    ("key", "layer"), [("0.w", "0 (conv)"), ("2.beta", "4 (dense)"), ("4.b", "4 (dense)")]
+)
+def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_layer(key, layer):
+    """The layer is that whose sums are the first that are not finite."""
     params = cqsnn.init_params(NET, (6, 6, 1), 2, np.random.default_rng(0))
-    params["4.b"][:] = np.nan
-    with pytest.raises(FloatingPointError, match=r"epoch 1 \(clamp\): the loss is nan"):
+    params[key][...] = np.nan
+    words = rf"epoch 1 \(clamp\): the loss is nan, which began in layer {re.escape(layer)}"
+    with pytest.raises(FloatingPointError, match=words):
         cqsnn.train_epoch(NET, params, {}, *data(), RECIPE, 0, 0, lambda n: None)
 
 

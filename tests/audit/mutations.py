@@ -1,0 +1,131 @@
+"""Break cqsnn.py in one place at a time and show that a test fails for each.
+
+    python tests/audit/mutations.py [NAME ...]
+
+Every mutation is made in a copy of the project; the tests named beside it, which hold the law
+that it breaks, run there. A mutation that no test notices ends with exit status 1.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SIMULATION = "tests/test_simulation.py"
+# name: (what stands there, what is put there instead, tests that must notice)
+MUTATIONS = {
+    "fire above theta, not at it": (
+        "self.xp.greater_equal(self.v, self.theta, out=spike.view(bool))",
+        "self.xp.greater(self.v, self.theta, out=spike.view(bool))",
+        SIMULATION,
+    ),
+    "reset to zero": ("self.v -= self.theta * spike", "self.v *= 1 - spike", SIMULATION),
+    "round a count, not floor": (
+        "counts.append(xp.clip(charge // xp.asarray(layer.theta), 0, steps))",
+        "counts.append(xp.clip(xp.rint(charge / xp.asarray(layer.theta)).astype(int), 0, steps))",
+        SIMULATION,
+    ),
+    "drop the bias": (
+        "current += self.b * self.integer(steps)",
+        "current += 0 * self.b",
+        SIMULATION,
+    ),
+    "drop the initial potential": (
+        "self.v = xp.zeros(shape, sums.integer) + xp.asarray(sums.layer.v0, sums.integer)",
+        "self.v = xp.zeros(shape, sums.integer)",
+        SIMULATION,
+    ),
+    "swap rows and columns of a kernel": (
+        "yield k, m, x[:, k : k + rows : stride, m : m + columns : stride]",
+        "yield m, k, x[:, k : k + rows : stride, m : m + columns : stride]",
+        "tests/test_layers.py",
+    ),
+    "fold without one gamma": (
+        'w, b = w * scale, p["beta"] - p["mean"] * scale',
+        'w, b = w * np.r_[1, scale[1:]], p["beta"] - p["mean"] * scale',
+        f"{SIMULATION} tests/test_layers.py",
+    ),
+    "a delay off by one": (
+        "self.inputs_left = steps - delay",
+        "self.inputs_left = steps - delay - (delay > 1)",
+        SIMULATION,
+    ),
+    "lose the state between chunks": (
+        "before, self.emitted = self.emitted, self.k0 * self.now // self.steps",
+        "before, self.emitted = self.emitted, self.k0 * (self.now % 4) // self.steps",
+        SIMULATION,
+    ),
+    "forget what a chunk left in the logits": (
+        "logits = over_time[-1][-1]",
+        "logits = 0 * over_time[-1][-1]",
+        SIMULATION,
+    ),
+    "straight-through gradient outside the clamp": (
+        "inside = (u > 0) & (u < 1)",
+        "inside = (u > 0) & (u < 2)",
+        "tests/test_layers.py",
+    ),
+    "floor, not round, the weights": (
+        "w = unit * np.rint(folded[0] * scale).astype(np.int64)",
+        "w = unit * np.floor(folded[0] * scale).astype(np.int64)",
+        SIMULATION,
+    ),
+    "float32 one bit too far": (
+        "return np.float32 if bound < 2**24 else np.float64",
+        "return np.float32 if bound < 2**25 else np.float64",
+        SIMULATION,
+    ),
+    "count the spikes at a border for all weights": (
+        "reach.append(np.bincount(met[(met >= 0) & (met < n)], minlength=n))",
+        "reach.append(np.bincount(met.clip(0, n - 1), minlength=n))",
+        SIMULATION,
+    ),
+    "certify one spike too few": (
+        "lambda s: -(-(steps - s) * down // theta),",
+        "lambda s: (steps - s) * down // theta,",
+        "tests/test_certificate.py",
+    ),
+    "let BLAS choose its threads": (
+        'with _blas().limit(limits=1, user_api="blas"):',
+        'with _blas().limit(limits=2, user_api="blas"):',
+        "tests/test_training.py",
+    ),
+}
+
+
+def noticed(old, new, tests):
+    """Return whether the tests fail once `new` stands for `old` in a copy of the project."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "cqsnn"
+        leave = shutil.ignore_patterns("runs", ".git", "envs", "results", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=leave)
+        source = (copy / "cqsnn.py").read_text()
+        if source.count(old) != 1:
+            raise SystemExit(f"cqsnn.py has {source.count(old)} times, expected once: {old}")
+        (copy / "cqsnn.py").write_text(source.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", *tests.split()]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.returncode == 1
+
+
+def main():
+    """Try the mutations named on the command line, or all."""
+    wanted = sys.argv[1:] or MUTATIONS
+    for name in wanted:
+        if name not in MUTATIONS:
+            raise SystemExit(f"{name!r}: expected one of {', '.join(MUTATIONS)}")
+    missed = 0
+    for name in wanted:
+        found = noticed(*MUTATIONS[name])
+        missed += not found
+        print(f"{'a test fails' if found else 'NO TEST FAILS':13}  {name}", flush=True)
+    print(f"{len(wanted) - missed} of {len(wanted)} mutations are noticed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
