@@ -50,7 +50,6 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -1519,6 +1518,12 @@ def write_file(path, write):
         partial.unlink(missing_ok=True)
 
 
+def one_line(error):
+    """Return what an error says, or else its name, in one printable line of 200 characters."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
 def read_npz(path, file_format):
     """Return the arrays of a .npz file of ours, or raise ValueError with its name and reason."""
     try:
@@ -1702,15 +1707,21 @@ for _name, _file, _bytes, _digest in (line.split() for line in _CHECKSUMS.split(
 
 
 def transfer(url, file, size, progress):
-    """Append what is missing of url to the open file, up to `size` bytes; return whether any came.
-    A server that cannot continue sends it all again. A broken connection only ends the call."""
+    """Append what is missing of url to the open file, up to `size` bytes; no answer raises
+    ConnectionError, a connection that breaks later only ends the call.
+    A server that cannot continue sends it all again."""
     have = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=30) as response:
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a bad redirect
+        raise ConnectionError(one_line(getattr(error, "reason", error))) from None
+    with response:
         if have and response.status != 206:
             progress(-file.tell())
             file.truncate(file.seek(0))
-        start = file.tell()
         while file.tell() < size:
             try:
                 block = response.read(min(2**16, size - file.tell()))
@@ -1720,26 +1731,28 @@ def transfer(url, file, size, progress):
                 break
             file.write(block)
             progress(len(block))
-        return file.tell() > start
 
 
 def fetch(url, path, size, sha256, progress=lambda n: None):
     """Download url to path, which appears only once its size and SHA-256 are right.
     What has come stays in .NAME.partial and is gone on from, now or at the next call; after
-    three attempts in a row that bring nothing it raises ConnectionError. A wrong file raises
+    three attempts in a row that get no further it raises ConnectionError. A wrong file raises
     ValueError and is deleted, as is what a full disk leaves. progress(n): n more bytes."""
     partial, failures = path.with_name(f".{path.name}.partial"), 0
     try:
         with open(partial, "ab") as file:
-            progress(file.tell())
+            most = file.tell()  # a server that sends it all again may get less far each time
+            progress(most)
             while file.tell() < size:
+                reason = "the connection broke"
                 try:
-                    reason, came = "the connection broke", transfer(url, file, size, progress)
+                    transfer(url, file, size, progress)
                 except urllib.error.HTTPError as error:
-                    raise ConnectionError(f"{url}: {error}") from None
-                except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
-                    reason, came = getattr(error, "reason", error), False
-                failures = 0 if came else failures + 1
+                    raise ConnectionError(f"{url}: {one_line(error)}") from None
+                except ConnectionError as error:
+                    reason = error
+                failures = 0 if file.tell() > most else failures + 1
+                most = max(most, file.tell())
                 if failures == 3:
                     raise ConnectionError(f"{url}: {reason}")
                 time.sleep(failures)
@@ -1759,10 +1772,9 @@ def fetch(url, path, size, sha256, progress=lambda n: None):
 def download(name, data_dir, progress=lambda n: None):
     """Fetch the official files of a data set that are not yet under data_dir; see `fetch`.
     An archive stays packed: its members are read by name, its paths are never followed."""
+    check_choice("download", name, [name for name in DATASETS if DOWNLOADS[name]])
     dataset = DATASETS[name]
     folder = Path(data_dir) if dataset.archive else Path(data_dir) / dataset.folder
-    if not DOWNLOADS[name]:
-        raise ValueError(f"--download: {name} comes with the project, expected another data set")
     folder.mkdir(parents=True, exist_ok=True)
     for file, (size, sha256) in DOWNLOADS[name].items():
         if (folder / file).exists():
@@ -1790,12 +1802,14 @@ def read_data_files(data_dir, dataset):
             if where == archive:
                 plain = io.BytesIO(b"" if members else gzip.decompress(where.read_bytes()))
                 members = members or tarfile.open(fileobj=plain)  # noqa: SIM115 in memory
-                data = members.extractfile(f"{dataset.folder}/{name}").read()
+                member = members.getmember(f"{dataset.folder}/{name}")
+                if not member.isfile():  # extractfile would follow links, in circles too
+                    raise tarfile.ReadError(f"{member.name} is no plain file")
+                data = members.extractfile(member).read()
             else:
                 data = (gzip.decompress if where.suffix == ".gz" else bytes)(where.read_bytes())
-        except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{where}: damaged or not readable ({reason})") from None
+        except Exception as error:  # tar, zip and number errors: whatever damage brings
+            raise ValueError(f"{where}: damaged or not readable ({one_line(error)})") from None
         found[name] = where, data
     return found
 
@@ -1846,20 +1860,25 @@ class CifarUnpickler(pickle.Unpickler):
 def parse_cifar_pickle(where, data, label_key):
     """Return images (N, 32, 32, 3) and labels (N,) of a batch of CIFAR's Python version."""
     try:
+        tuples = 0
         for op, argument, _ in pickletools.genops(data):
-            if "PUT" in op.name and argument > 2**20:  # would make a table of that length
-                raise ValueError(f"memo {argument}")
+            tuples += "TUPLE" in op.name  # a batch has six; hash() of many nested ones crashes
+            if tuples > 16 or ("PUT" in op.name and argument > 2**20):  # a memo of that length
+                raise ValueError(f"{op.name} {argument} after {tuples} tuples")
         batch = CifarUnpickler(io.BytesIO(data), encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: v for key, v in batch.items()}
+        labels = batch[label_key]
+        if type(labels) is not list or not all(type(label) is int for label in labels):
+            raise ValueError(f"{label_key} is no list of whole numbers")
+        labels = np.array(labels, np.uint8)
         _, shape, dtype, by_columns, pixels = batch["data"].state
         images = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        labels = np.asarray(batch[label_key], np.uint8)
-        kind = (tuple(shape), dtype.made[0] in ("u1", b"u1"), bool(by_columns), labels.shape)
+        kind = (shape, dtype.made[0] in ("u1", b"u1"), bool(by_columns), labels.shape)
         if kind != ((len(images), 3072), True, False, (len(images),)):
-            raise ValueError(f"array {shape}, {labels.shape} labels, not N rows of 3,072 bytes")
+            wrong = f"{len(pixels)} bytes of pixels, {len(labels)} labels"
+            raise ValueError(f"{wrong}, not N rows of 3,072 bytes and N labels")
     except Exception as error:  # whatever a damaged or hostile file brings about
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{where}: damaged or not a CIFAR batch ({reason})") from None
+        raise ValueError(f"{where}: damaged or not a CIFAR batch ({one_line(error)})") from None
     return np.ascontiguousarray(images), labels
 
 

@@ -66,7 +66,7 @@ def parser():
     data = p.add_argument_group("data")
     data.add_argument("--dataset", default="digits", help=", ".join(cqsnn.DATASETS))
     data.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets lie")
-    data.add_argument("--download", action="store_true", help="fetch the data set's official files")
+    data.add_argument("--download", action="store_true", help="fetch what is missing of it")
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images of each part")
     text = "compare recipes: test on the last N training images, not trained on"
     data.add_argument("--hold-out", type=int, metavar="N", help=text)
@@ -197,11 +197,15 @@ def load_data(args, xp):
     for folder in beside if args.dataset == "digits" and args.data_dir == "data" else ():
         if not (data_dir / "digits").is_dir() and (folder / "digits").is_dir():
             data_dir = folder
-    if args.download:
+    try:
+        parts = cqsnn.load_dataset(args.dataset, data_dir)
+    except FileNotFoundError:
+        if not args.download:
+            raise
         total = sum(size for size, _ in cqsnn.DOWNLOADS[args.dataset].values())
         with Bar(total, f"downloading {args.dataset}", "B") as progress:
             cqsnn.download(args.dataset, data_dir, progress.update)
-    parts = cqsnn.load_dataset(args.dataset, data_dir)
+        parts = cqsnn.load_dataset(args.dataset, data_dir)
     if args.hold_out:
         cqsnn.check_range("--hold-out", args.hold_out, 1, len(parts[0][0]) - 1)
         cut = len(parts[0][0]) - args.hold_out
