@@ -1197,14 +1197,16 @@ class Population:
 @dataclass(frozen=True, eq=False)
 class Run:
     """What a simulation gives. counts: int32 (N, ...) for each firing layer; logits
-    (N, classes) and logits_over_time (T, N, classes), integers; synops (N,); spikes: None, or
-    uint8 (T, N, ...) for each firing layer, over its own T firing steps."""
+    (N, classes) and logits_over_time (T, N, classes), integers; synops (N,). Where recorded, else
+    None: spikes, uint8 (T, N, ...) for each firing layer over its own T firing steps, and
+    potentials (N, ...), what is left after them."""
 
     counts: list
     logits: np.ndarray
     logits_over_time: np.ndarray
     synops: np.ndarray
     spikes: list | None
+    potentials: list | None
 
 
 BLOCK_BYTES, CHUNK_BYTES = 2**22, 2**24  # currents of the largest layer: a step's, a chunk's
@@ -1230,16 +1232,16 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     blocks = [k0[start : start + batch] for start in range(0, len(k0), batch)]
     how = (delay, chunk, record)
     runs = over_shards(lambda block: _run_block(snn, sums, block, *how), blocks, threads=threads)
-    counts, over_time, spikes = zip(*runs)
-    counts = [xp.concatenate(parts) for parts in zip(*counts)]
+    counts, over_time, spikes, left = zip(*runs)
+    counts, left = ([xp.concatenate(parts) for parts in zip(*lists)] for lists in (counts, left))
     over_time = xp.concatenate(over_time, axis=1)
     spikes = [xp.concatenate(parts, axis=1) for parts in zip(*spikes)]
-    synops = synaptic_operations(snn, k0, counts)
-    return Run(counts, over_time[-1], over_time, synops, spikes if record else None)
+    recorded = (spikes, left) if record else (None, None)
+    return Run(counts, over_time[-1], over_time, synaptic_operations(snn, k0, counts), *recorded)
 
 
 def _run_block(snn, sums, k0, delay, chunk, record):
-    """Simulate some images; return counts, logits over time and, to record, spikes."""
+    """Simulate some images; return counts, logits over time, spikes (to record), potentials."""
     xp, populations = array_module(k0), []
     below = Source(k0, snn.steps, snn.encoding)
     for (step_sums, first_sums), shape in zip(sums[:-1], snn.shapes[1:-1]):
@@ -1253,7 +1255,8 @@ def _run_block(snn, sums, k0, delay, chunk, record):
         over_time.append(logits + currents.reshape(*x.shape[:2], -1).cumsum(0))
         logits = over_time[-1][-1]
     spikes = [xp.concatenate(p.kept) for p in populations if record]
-    return [p.total for p in populations], xp.concatenate(over_time), spikes
+    counts, potentials = [p.total for p in populations], [p.v for p in populations]
+    return counts, xp.concatenate(over_time), spikes, potentials
 
 
 def fan_out(layer, shape):
@@ -1524,8 +1527,9 @@ def one_line(error):
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def read_npz(path, file_format):
-    """Return the arrays of a .npz file of ours, or raise ValueError with its name and reason."""
+def read_npz(path, file_format=None):
+    """Return the arrays of a .npz file, of a format of ours where one is named, or raise
+    ValueError with its name and reason. No pickle."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays, damaged = dict(file), file.zip.testzip()  # an array read in part has no CRC
@@ -1535,13 +1539,15 @@ def read_npz(path, file_format):
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # zip, zlib, header and type errors: whatever damage brings
         raise ValueError(f"{path}: damaged or not a .npz file ({error})") from None
+    if file_format is None:
+        return arrays
     found = str(arrays.pop("format", "none"))
     if found != file_format:
         raise ValueError(f"{path}: format {found!r}, expected {file_format!r}")
     return arrays
 
 
-SNN_FORMAT, MODEL_FORMAT = "cqsnn-snn/1", "cqsnn-model/1"
+SNN_FORMAT, MODEL_FORMAT, VECTORS_FORMAT = "cqsnn-snn/1", "cqsnn-model/1", "cqsnn-vectors/1"
 
 
 def save_snn(path, snn):
@@ -1639,6 +1645,199 @@ def load_model(path):
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a whole checkpoint: {error}") from None
     return named["params"], named["state"], meta
+
+
+def load_state(path):
+    """Return the tensors of a PyTorch state dict saved as .npz (in its order) or .safetensors
+    (which keeps none: names sorted, numbers in them as numbers). No pickle is read."""
+    if Path(path).suffix != ".safetensors":
+        return read_npz(path)
+    try:
+        from safetensors.numpy import load_file
+    except ImportError:
+        raise ValueError(f"{path}: reading it needs the package safetensors") from None
+    try:
+        arrays = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # the package's own errors, and types that NumPy lacks
+        raise ValueError(f"{path}: damaged or not .safetensors ({one_line(error)})") from None
+    parts = {name: re.split(r"(\d+)", name) for name in arrays}
+    order = sorted(parts, key=lambda k: [int(x) if x.isdecimal() else x for x in parts[k]])
+    return {name: arrays[name] for name in order}
+
+
+def from_state(net, arrays):
+    """Return float32 parameters of net from a PyTorch state dict {name: array}.
+    Tensors are told by their shape and order, whatever their modules are called: the weights
+    (O, C, K, K), (C, 1, K, K) of a trainable pooling, and (O, in) with `in` flattened in C, H, W
+    order go to the layers that have weights, one after another; weight, bias, running_mean and
+    running_var of each norm to the layers that have one. A convolution's bias is taken off the
+    running mean; without any norm, beta is that bias and the norm otherwise changes nothing.
+    Raises ValueError that names the tensor, what was found and what was expected."""
+    modules = {}
+    for name, array in arrays.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf != "num_batches_tracked":
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"{name}: {array.dtype}, expected numbers")
+            modules.setdefault(module, {})[leaf] = array.astype(np.float32)
+    weighted = [name for name, m in modules.items() if m.get("weight", np.zeros(1)).ndim > 1]
+    norms = [name for name, m in modules.items() if "running_mean" in m]
+    plain, params, channels = not norms, {}, None
+
+    def tensor(module, leaf, shape, default=None):
+        array = modules[module].pop(leaf, None)
+        if array is None and default is not None:
+            return np.full(shape, default, np.float32)
+        found = "none" if array is None else f"shape {array.shape}"
+        if array is None or array.shape != shape or not np.isfinite(array).all():
+            raise ValueError(f"{module}.{leaf}: {found}, expected shape {shape} of finite numbers")
+        return array
+
+    for i, layer in enumerate(net):
+        if layer.kind == "pool":
+            continue
+        if not weighted or (layer.norm and not plain and not norms):
+            raise ValueError(f"layer {i} ({layer.kind}): no tensors left, expected its weights")
+        module = weighted.pop(0)
+        shape = modules[module]["weight"].shape
+        channels = channels or shape[0 if layer.kind == "depthwise" else 1]
+        kernel, outputs = (layer.size, layer.size), getattr(layer, "channels", shape[0])
+        if layer.kind == "dense":
+            positions = 1 if layer.mean else max(1, math.isqrt(shape[1] // channels)) ** 2
+            expected = shape[0], channels * positions
+        else:
+            outputs = channels if layer.kind == "depthwise" else outputs
+            expected = outputs, 1 if layer.kind == "depthwise" else channels, *kernel
+        params[f"{i}.w"] = channels_last(layer, tensor(module, "weight", expected), channels)
+        bias = tensor(module, "bias", (outputs,), 0.0)
+        if layer.norm:
+            values = {"gamma": 1.0, "beta": bias, "mean": 0.0, "var": 1 - BATCH_NORM_EPS}
+            if not plain:
+                norm, one = norms.pop(0), (outputs,)
+                values["gamma"], values["beta"] = tensor(norm, "weight", one, 1), 0.0
+                values["beta"] = tensor(norm, "bias", one, 0)
+                values["mean"] = tensor(norm, "running_mean", one) - bias
+                values["var"] = tensor(norm, "running_var", one)
+            for name, value in values.items():
+                params[f"{i}.{name}"] = np.full(outputs, value, np.float32)
+        else:
+            params[f"{i}.b"] = bias
+        channels = outputs
+    unused = [f"{module}.{leaf}" for module, m in modules.items() for leaf in m]
+    if unused:
+        raise ValueError(f"{unused[0]}: belongs to no layer, expected {len(params)} parameters")
+    return params
+
+
+def channels_last(layer, w, channels):
+    """Return PyTorch's weights of a layer as ours: (O, C, K, K) as (K, K, C, O), (C, 1, K, K) as
+    (K, K, C), (O, C*H*W) as (H*W*C, O), for inputs of that many channels."""
+    if layer.kind == "dense":
+        w = w.reshape(len(w), channels, -1).T.reshape(-1, len(w))
+    else:
+        w = w[:, 0].transpose(1, 2, 0) if layer.kind == "depthwise" else w.transpose(2, 3, 1, 0)
+    return np.ascontiguousarray(w)
+
+
+def channels_first(w, channels):
+    """Undo `channels_last` for a convolution or a dense layer."""
+    if w.ndim == 4:
+        return np.ascontiguousarray(w.transpose(3, 2, 0, 1))
+    return np.ascontiguousarray(w.reshape(-1, channels, w.shape[-1]).T.reshape(w.shape[-1], -1))
+
+
+NIR_NOTE = (
+    "cqsnn: whole numbers; neurons fire at v >= v_threshold and then lose v_threshold (soft "
+    "reset), which NIR cannot say: spikingjelly needs IFNode.v_reset = None, sinabs "
+    "spike_fn = SingleSpike and min_v_mem = None. The last node sums up without firing."
+)
+
+
+def to_nir(snn):
+    """Return a SpikingNetwork as a NIR graph (package nir): Conv2d, Affine and SumPool2d, each but
+    the last followed by IF, channels first; `NIR_NOTE` is its metadata.
+    Raises ValueError for what NIR cannot carry: depthwise layers and initial potentials."""
+    import nir
+
+    nodes = [nir.Input(input_type=np.array([snn.input_shape[2], *snn.input_shape[:2]]))]
+    for i, (layer, before, out) in enumerate(zip(snn.layers, snn.shapes, snn.shapes[1:])):
+        if layer.kind == "depthwise" or (layer.fires and layer.v0.any()):
+            lacks = "depthwise layer" if layer.kind == "depthwise" else "initial potential"
+            raise ValueError(f"layer {i}: NIR has no {lacks}, expected a network without one")
+        if layer.kind == "dense":
+            if len(before) == 3:
+                nodes.append(nir.Flatten({"input": np.array([before[2], *before[:2]])}, 0, -1))
+            w = channels_first(layer.w, before[-1]).astype(np.float32)
+            nodes.append(nir.Affine(w, layer.b.astype(np.float32)))
+        elif layer.kind == "conv":
+            w, b = channels_first(layer.w, before[-1]), layer.b
+            how = (layer.stride, layer.pad, 1, 1, b.astype(np.float32))
+            nodes.append(nir.Conv2d(before[:2], w.astype(np.float32), *how))
+        else:
+            square = np.array([layer.size, layer.size])
+            nodes.append(nir.SumPool2d(square, square, np.array([0, 0])))
+        if layer.fires:
+            theta = np.broadcast_to(layer.theta, out).astype(np.float32)
+            theta = np.moveaxis(theta, -1, 0).copy()  # (O, H, W)
+            nodes.append(nir.IF(np.ones_like(theta), theta, np.zeros_like(theta)))
+    nodes.append(nir.Output(output_type=np.array([snn.classes])))
+    names = [f"{n}_{type(node).__name__.lower()}" for n, node in enumerate(nodes)]
+    edges = list(itertools.pairwise(names))
+    return nir.NIRGraph(dict(zip(names, nodes)), edges, {"note": NIR_NOTE})
+
+
+def save_vectors(path, snn, k0, schedule="streaming"):
+    """Write golden vectors of images k0 under a schedule, for hardware to be compared with:
+    `meta` (JSON: schedule, delay, steps, images, encoding, shapes), `input` (direct: pixels; else
+    spikes), `i.spikes` and `i.potential` of each firing layer over its own T firing steps and
+    after them, `logits` (T, N, classes). Spikes are bits, (T, N, neurons / 8 rounded up), neurons
+    in H, W, C order, the first in the highest bit."""
+    run, steps = simulate(snn, k0, schedule, record=True), snn.steps
+    delay, spiking = delay_of(schedule, steps), snn.encoding == "spikes"
+
+    def packed(spikes):
+        return np.packbits(to_host(spikes).reshape(steps, len(k0), -1), axis=2)
+
+    source = Source(k0, steps, snn.encoding)
+    arrays = {"input": packed(source.spikes(steps)) if spiking else to_host(k0)}
+    for i, (spikes, potential) in enumerate(zip(run.spikes, run.potentials)):
+        arrays[f"{i}.spikes"] = packed(spikes)
+        arrays[f"{i}.potential"] = to_host(potential).astype(np.int64)
+    arrays["logits"] = to_host(run.logits_over_time).astype(np.int64)
+    meta = {"schedule": str(schedule), "delay": delay, "steps": steps, "images": len(k0)}
+    text = json.dumps(meta | {"encoding": snn.encoding, "shapes": snn.shapes})
+    named = {"format": VECTORS_FORMAT, "meta": text}
+    write_file(path, lambda f: np.savez_compressed(f, **named, **arrays))
+
+
+def load_vectors(path):
+    """Read golden vectors; return meta and the arrays, spikes unpacked as uint8 (T, N, ...).
+    Raises ValueError, with the file's name, where it is not a whole one."""
+    arrays = read_npz(path, VECTORS_FORMAT)
+    try:
+        meta = json.loads(str(arrays.pop("meta")))
+        steps, images, shapes = (meta[name] for name in ("steps", "images", "shapes"))
+        found = {"logits": arrays.pop("logits")}
+        spiking = range(-(meta["encoding"] == "spikes"), len(shapes) - 2)
+        for i, shape in zip(spiking, shapes[1 + spiking.start :]):
+            bits = arrays.pop("input" if i < 0 else f"{i}.spikes")
+            whole = (steps, images, *shape)
+            size = (steps, images, -(-math.prod(shape) // 8))
+            if bits.dtype != np.uint8 or bits.shape != size:
+                raise ValueError(f"array of {bits.shape} bits, expected {size}")
+            spikes = np.unpackbits(bits, axis=2, count=math.prod(shape)).reshape(whole)
+            found["input" if i < 0 else f"{i}.spikes"] = spikes
+            if i >= 0:
+                found[f"{i}.potential"] = arrays.pop(f"{i}.potential")
+                if found[f"{i}.potential"].shape != (images, *shape):
+                    raise ValueError(f"{i}.potential: {found[f'{i}.potential'].shape}")
+        if arrays.keys() - {"input"} or found["logits"].shape != (steps, images, *shapes[-1]):
+            raise ValueError("arrays that do not fit its meta")
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: not whole golden vectors: {one_line(error)}") from None
+    return meta, found | arrays
 
 
 class DataSet(NamedTuple):

@@ -87,12 +87,18 @@ def parser():
     asked.add_argument("--explain", nargs="?", const="all", metavar="INDEX", help=text)
     text = "print one SHA-256 of every spike, to compare machines by"
     asked.add_argument("--digest", action="store_true", help=text)
+    text = "write the spikes of test images, by --limit and one --schedule, as golden vectors"
+    asked.add_argument("--record", metavar="VECTORS.npz", help=text)
+    text = "write it as a NIR graph (package nir)"
+    asked.add_argument("--export-nir", metavar="FILE.nir", help=text)
     run = p.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, metavar="N")
     run.add_argument("--device", default="auto", help="auto, cpu or gpu")
     run.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
     text = "the run folder (default: runs/DATASET-NET)"
     run.add_argument("--out", metavar="DIR", help=text)
+    text = "begin with these weights: a PyTorch state dict (.npz, .safetensors) or a model.npz"
+    run.add_argument("--init", metavar="FILE", help=text)
     text = "go on with the run in the run folder"
     run.add_argument("--resume", action="store_true", help=text)
     return p
@@ -162,7 +168,8 @@ def check_arguments(args, steps):
     for name in ("limit", "threads"):
         if getattr(args, name) is not None:
             cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
-    if args.schedule is None:
+    args.schedule_given = args.schedule is not None
+    if not args.schedule_given:
         every = DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
         args.schedule = [s for s in every if not s.isdecimal() or int(s) <= steps]
     for schedule in args.schedule:
@@ -291,13 +298,30 @@ class Bar(tqdm):
             self.fp.flush()
 
 
+def initial_params(path, net, expected):
+    """Return the parameters of --init FILE, of the names and shapes of `expected`."""
+    arrays = cqsnn.load_state(path)
+    ours = str(arrays.get("format", "")) == cqsnn.MODEL_FORMAT
+    try:
+        params = cqsnn.load_model(path)[0] if ours else cqsnn.from_state(net, arrays)
+        for name in params | expected:
+            found, shape = (getattr(d.get(name), "shape", "none") for d in (params, expected))
+            if found != shape:
+                raise ValueError(f"parameter {name}: shape {found}, expected {shape}")
+    except ValueError as error:
+        raise ValueError(f"--init {path}: {error}") from None
+    return {name: params[name].astype(np.float32) for name in expected}
+
+
 def train(args, recipe, net, folder, data, xp):
     """Train all stages, a checkpoint after every epoch; return params and the checkpoint's meta."""
     (images, labels), test = data
     classes, epochs = cqsnn.DATASETS[args.dataset].classes, sum(n for _, n in recipe.stages)
     settings = {"dataset": args.dataset, "seed": args.seed, "limit": args.limit}
-    settings |= {"hold_out": args.hold_out} | asdict(recipe)
+    settings |= {"hold_out": args.hold_out, "init": args.init} | asdict(recipe)
     params = cqsnn.init_params(net, images.shape[1:], classes, np.random.default_rng(args.seed))
+    if args.init is not None:
+        params = initial_params(args.init, net, params)
     state, meta = {}, {"settings": settings, "epoch": 0, "log": []}
     params, state, meta = previous_run(folder, settings, epochs, args.resume) or (
         *(params, state, meta),
@@ -805,15 +829,13 @@ def simulate_file(args):
         for schedule in schedules_of(args):
             print_certificate(snn, schedule)
         return
+    if args.export_nir:
+        export_nir(args.export_nir, snn)
+        return
     xp, device = array_library(args.device)
     test = load_data(args, xp)[1]
-    if args.digest:
-        for schedule in schedules_of(args):
-            digest = cqsnn.spike_digest(snn, cqsnn.predicted(snn, test[0]), schedule)
-            print(f"{schedule_label(schedule):12} {len(test[0]):6,} images  {digest}")
-        return
-    if args.explain:
-        explain(args, snn, test)
+    if args.digest or args.explain or args.record:
+        (digest if args.digest else explain if args.explain else record)(args, snn, test)
         return
     report = {"command": " ".join(["python train_cq.py", *args.command]), "device": device}
     report |= {"dataset": args.dataset, "steps": snn.steps, "encoding": snn.encoding}
@@ -823,6 +845,38 @@ def simulate_file(args):
         with locked(Path(args.out)):
             write_json(Path(args.out) / "report.json", report)
             draw(Path(args.out), report, (), snn, test[0][:20])
+
+
+def export_nir(path, snn):
+    """Write a network as a NIR file, and say what its reader must set."""
+    try:
+        import nir
+    except ImportError:
+        raise ValueError("--export-nir: the package nir is not installed") from None
+    graph = cqsnn.to_nir(snn)
+    cqsnn.write_file(path, lambda file: nir.write(file, graph))
+    print(f"written: {path}\n{cqsnn.NIR_NOTE}")
+
+
+def digest(args, snn, test):
+    """Print SHA-256 of all spikes of every schedule."""
+    for schedule in schedules_of(args):
+        found = cqsnn.spike_digest(snn, cqsnn.predicted(snn, test[0]), schedule)
+        print(f"{schedule_label(schedule):12} {len(test[0]):6,} images  {found}")
+
+
+def record(args, snn, test):
+    """Write golden vectors of the test images, of streaming unless --schedule says else."""
+    schedules = schedules_of(args) if args.schedule_given else ["streaming"]
+    if len(schedules) != 1:
+        raise ValueError(f"--schedule: {len(schedules)} of them, expected one with --record")
+    if args.limit is None:
+        raise ValueError("--limit: none, expected a number of images with --record")
+    cqsnn.save_vectors(args.record, snn, cqsnn.predicted(snn, test[0]), *schedules)
+    print(
+        f"written: {args.record}: {len(test[0])} images, {schedule_label(schedules[0])}, "
+        f"T = {snn.steps}"
+    )
 
 
 def explain(args, snn, test):
