@@ -247,18 +247,25 @@ def write_json(path, *items):
     cqsnn.write_file(path, lambda file: file.write(text.encode()))
 
 
-def previous_run(folder, settings, epochs, resume):
-    """Return (params, state, meta) of the run in the folder, or None to begin a new one.
+def check_shapes(where, found, expected):
+    """Raise ValueError unless arrays have the names and shapes of others."""
+    for name in expected | found:
+        shape, wanted = (getattr(arrays.get(name), "shape", None) for arrays in (found, expected))
+        if shape != wanted:
+            raise ValueError(f"{where}: array {name}: shape {shape}, expected {wanted}")
 
-    Raises ValueError rather than overwrite another run or one that is not over.
-    """
+
+def previous_run(folder, settings, expected, epochs, resume):
+    """Return (params, state, meta) of the run in the folder, or None to begin a new one.
+    Raises ValueError rather than overwrite another run or one that is not over."""
     path = folder / "model.npz"
     if not path.exists():
         if resume:
             raise ValueError(f"--resume: {path}: no such file, expected a run to go on with")
         return None
     params, state, meta = cqsnn.load_model(path)
-    if not {"settings", "epoch", "log"} <= set(meta):
+    kinds = {"settings": dict, "epoch": int, "log": list}
+    if not isinstance(meta, dict) or any(type(meta.get(k)) is not v for k, v in kinds.items()):
         raise ValueError(f"{path}: not a whole checkpoint: no settings, epoch or log in meta")
     theirs = meta["settings"]
     for name in settings | theirs:
@@ -272,6 +279,9 @@ def previous_run(folder, settings, epochs, resume):
             f"{folder}: holds a run after epoch {meta['epoch']} of {epochs}; expected --resume "
             "to go on with it, or another --out"
         )
+    check_shapes(path, params, expected)
+    momenta = {name: array for name, array in state.items() if name != "step"}
+    check_shapes(path, momenta, {n: expected.get(n.partition(".")[2], n) for n in momenta})
     return (params, state, meta) if resume else None
 
 
@@ -304,12 +314,9 @@ def initial_params(path, net, expected):
     ours = str(arrays.get("format", "")) == cqsnn.MODEL_FORMAT
     try:
         params = cqsnn.load_model(path)[0] if ours else cqsnn.from_state(net, arrays)
-        for name in params | expected:
-            found, shape = (getattr(d.get(name), "shape", "none") for d in (params, expected))
-            if found != shape:
-                raise ValueError(f"parameter {name}: shape {found}, expected {shape}")
     except ValueError as error:
-        raise ValueError(f"--init {path}: {error}") from None
+        raise ValueError(f"--init: {path}: {error}") from None
+    check_shapes(f"--init: {path}", params, expected)
     return {name: params[name].astype(np.float32) for name in expected}
 
 
@@ -323,9 +330,8 @@ def train(args, recipe, net, folder, data, xp):
     if args.init is not None:
         params = initial_params(args.init, net, params)
     state, meta = {}, {"settings": settings, "epoch": 0, "log": []}
-    params, state, meta = previous_run(folder, settings, epochs, args.resume) or (
-        *(params, state, meta),
-    )
+    start = previous_run(folder, settings, params, epochs, args.resume)
+    params, state, meta = start or (params, state, meta)
     params, state = ({k: xp.asarray(a) for k, a in d.items()} for d in (params, state))
     ahead = forecast(args, recipe, net, params, data, epochs - meta["epoch"])
     print("about {} of training and {} of simulation ahead".format(*map(duration, ahead)))

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +340,21 @@ def test_checkpoints_that_are_not_whole_are_refused(spoil, tmp_path):
     assert_one_line(caught, path)
 
 
+def small_vectors(path):
+    """Golden vectors of one small network and two images."""
+    rng = np.random.default_rng(4)
+    w = rng.integers(-9, 10, (3, 5), dtype=np.int32), rng.integers(-9, 10, (5, 2), dtype=np.int32)
+    layers = [
+        cqsnn.SpikingLayer(
+            *("dense", 1, 1, 0, i == 0, w[i], np.zeros(w[i].shape[1], np.int32)),
+            *(np.int32(7), np.int32(0)),
+        )
+        for i in range(2)
+    ]
+    snn = cqsnn.SpikingNetwork(6, (1, 1, 3), 2, 8, 1, "spikes", tuple(layers))
+    cqsnn.save_vectors(path, snn, rng.integers(0, 7, (2, 1, 1, 3)), "1")
+
+
 # Damage -------------------------------------------------------------------------------------------
 
 
@@ -352,9 +369,26 @@ def same_model(path, content):
     assert meta == content[2]
 
 
+def same_vectors(path, content):
+    meta, arrays = cqsnn.load_vectors(path)
+    assert meta == content[0]
+    assert_same_arrays(arrays, content[1])
+
+
+def same_state(path, content):
+    assert_same_arrays(cqsnn.load_state(path), content)
+
+
+def small_state(path):
+    rng = np.random.default_rng(2)
+    np.savez(path, **{"0.weight": rng.normal(size=(2, 1, 3, 3)), "1.bias": rng.normal(size=2)})
+
+
 FORMATS = {
     "snn": (lambda path: cqsnn.save_snn(path, small_snn()), cqsnn.load_snn, same_snn),
     "model": (small_model, cqsnn.load_model, same_model),
+    "vectors": (small_vectors, cqsnn.load_vectors, same_vectors),
+    "state": (small_state, cqsnn.load_state, same_state),
 }
 both_formats = pytest.mark.parametrize("save, load, same", FORMATS.values(), ids=FORMATS)
 
@@ -371,7 +405,11 @@ def assert_refused_or_same(data, content, same):
             assert "\n" not in str(error)
 
 
-@pytest.fixture(scope="module", params=FORMATS.values(), ids=FORMATS)
+# A state dict names nothing that must be in it: `from_state` finds a tensor missing.
+WHOLE = {name: FORMATS[name] for name in ("snn", "model", "vectors")}
+
+
+@pytest.fixture(scope="module", params=WHOLE.values(), ids=WHOLE)
 def saved(request, tmp_path_factory):
     """Bytes of a good file, its content, the load and the comparison."""
     save, load, same = request.param
@@ -404,6 +442,121 @@ def test_flips_in_the_headers_of_arrays_are_refused_or_unharmed(saved):
             spoiled = bytearray(data)
             spoiled[place] ^= flip
             assert_refused_or_same(bytes(spoiled), content, same)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+def replaced(value, data):
+    """A JSON value with one part of it, anywhere, replaced, left out or added to."""
+    if isinstance(value, (dict, list)) and value and data.draw(st.integers(0, 3)):
+        inner = value.copy()
+        key = data.draw(st.sampled_from([*inner]) if isinstance(value, dict) else place_of(inner))
+        inner[key] = replaced(inner[key], data)
+        return inner
+    if isinstance(value, dict) and value and data.draw(st.booleans()):
+        key = data.draw(st.sampled_from([*value]))
+        return {k: v for k, v in value.items() if k != key}
+    return data.draw(json_values)
+
+
+def place_of(items):
+    return st.integers(0, len(items) - 1)
+
+
+@pytest.mark.parametrize("name", ["snn", "vectors"])
+@given(data=st.data())
+def test_any_other_json_in_a_file_is_refused_in_one_line_or_read(name, data):
+    save, load, _ = FORMATS[name]
+    key = {"snn": "network", "vectors": "meta"}[name]
+    with scratch_folder() as folder:
+        path = folder / "file.npz"
+        save(path)
+        arrays = dict(np.load(path, allow_pickle=False))
+        arrays[key] = np.array(json.dumps(replaced(json.loads(str(arrays[key])), data)))
+        np.savez(path, **arrays)
+        try:
+            load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
+@both_formats
+@given(
+    kind=st.sampled_from(["<U3", "f2", "f8", "i1", "u8", "?", "c16"]),
+    shape=st.lists(st.integers(0, 4), max_size=4),
+    data=st.data(),
+)
+def test_arrays_of_another_type_or_shape_are_refused_in_one_line_or_read(
+    save, load, same, kind, shape, data
+):
+    with scratch_folder() as folder:
+        path = folder / "file.npz"
+        save(path)
+        arrays = dict(np.load(path, allow_pickle=False))
+        name = data.draw(st.sampled_from([*arrays, "new", "../../new", "/new"]))
+        arrays[name] = np.zeros(shape, kind)
+        np.savez(path, **arrays)
+        try:
+            load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+        assert [*folder.iterdir()] == [path]
+
+
+@both_formats
+def test_what_unpacks_to_too_much_is_refused_before_it_is_read(
+    save, load, same, monkeypatch, tmp_path
+):
+    path = tmp_path / "bomb.npz"
+    save(path)
+    arrays = dict(np.load(path, allow_pickle=False))
+    np.savez_compressed(path, **arrays, zeros=np.zeros(10**6, np.uint8))
+    assert path.stat().st_size < 10**5
+    monkeypatch.setattr(cqsnn, "LARGEST_FILE", 10**6)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="unpacks to") as caught:
+        load(path)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+    assert_one_line(caught, path)
+
+
+@both_formats
+def test_a_header_that_promises_more_than_there_is_takes_no_memory(save, load, same, tmp_path):
+    path = tmp_path / "promise.npz"
+    save(path)
+    huge = npy_bytes(np.zeros(64, np.uint8)).replace(b"(64,), }      ", b"(64000000000,)}")
+    assert b"64000000000" in huge
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("huge.npy", huge[:-1])
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"huge\.npy") as caught:
+        load(path)
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+    assert_one_line(caught, path)
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_packed_data_that_unpack_to_too_much_are_refused(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(cqsnn, "LARGEST_FILE", 10**6)
+    if name == "mnist":
+        path = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+        path.parent.mkdir()
+        path.with_name("train-labels-idx1-ubyte").write_bytes(b"")
+        path.with_name("t10k-images-idx3-ubyte").write_bytes(b"")
+        path.with_name("t10k-labels-idx1-ubyte").write_bytes(b"")
+    else:
+        path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(gzip.compress(bytes(2 * 10**6)))
+    with pytest.raises(ValueError, match="unpacks to more than") as caught:
+        cqsnn.load_dataset(name, tmp_path)
+    assert_one_line(caught, path)
 
 
 def npy_bytes(array, allow_pickle=False):

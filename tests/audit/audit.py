@@ -142,7 +142,7 @@ def write_trained_case(folder, path, dataset, data_dir, images):
     try:
         _, (pixels, _) = cqsnn.load_dataset(dataset, data_dir)
         write_case(folder, cqsnn.load_snn(path), pixels[:images])
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: no such data set
         return str(error)
 
 
