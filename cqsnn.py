@@ -1512,7 +1512,7 @@ def write_file(path, write):
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:  # h5py, below a NIR file, reads what it writes
             write(file)
             file.flush()
             os.fsync(file.fileno())
