@@ -1694,6 +1694,27 @@ def load_state(path):
     return {name: arrays[name] for name in order}
 
 
+def _state_modules(arrays):
+    """Sort a state dict by module, {module: {leaf: float32 array}}, in its order."""
+    modules = {}
+    for name, array in arrays.items():
+        module, _, leaf = name.rpartition(".")
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{name}: {array.dtype}, expected numbers")
+        if leaf != "num_batches_tracked":
+            modules.setdefault(module, {})[leaf] = array.astype(np.float32)
+    return modules
+
+
+def _state_weights(layer, found, channels):
+    """Return the shape that PyTorch's weights of a layer have, given the one that was found."""
+    if layer.kind == "dense":
+        positions = 1 if layer.mean else max(1, math.isqrt(found[1] // channels)) ** 2
+        return found[0], channels * positions
+    outputs, inputs = (channels, 1) if layer.kind == "depthwise" else (layer.channels, channels)
+    return outputs, inputs, layer.size, layer.size
+
+
 def from_state(net, arrays):
     """Return float32 parameters of net from a PyTorch state dict {name: array}.
     Tensors are told by their shape and order, whatever their modules are called: the weights
@@ -1702,16 +1723,10 @@ def from_state(net, arrays):
     running_var of each norm to the layers that have one. A convolution's bias is taken off the
     running mean; without any norm, beta is that bias and the norm otherwise changes nothing.
     Raises ValueError that names the tensor, what was found and what was expected."""
-    modules = {}
-    for name, array in arrays.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf != "num_batches_tracked":
-            if array.dtype.kind not in "fiu":
-                raise ValueError(f"{name}: {array.dtype}, expected numbers")
-            modules.setdefault(module, {})[leaf] = array.astype(np.float32)
+    modules, params, channels = _state_modules(arrays), {}, None
     weighted = [name for name, m in modules.items() if m.get("weight", np.zeros(1)).ndim > 1]
     norms = [name for name, m in modules.items() if "running_mean" in m]
-    plain, params, channels = not norms, {}, None
+    plain = not norms
 
     def tensor(module, leaf, shape, default=None):
         array = modules[module].pop(leaf, None)
@@ -1728,30 +1743,19 @@ def from_state(net, arrays):
         if not weighted or (layer.norm and not plain and not norms):
             raise ValueError(f"layer {i} ({layer.kind}): no tensors left, expected its weights")
         module = weighted.pop(0)
-        shape = modules[module]["weight"].shape
-        channels = channels or shape[0 if layer.kind == "depthwise" else 1]
-        kernel, outputs = (layer.size, layer.size), getattr(layer, "channels", shape[0])
-        if layer.kind == "dense":
-            positions = 1 if layer.mean else max(1, math.isqrt(shape[1] // channels)) ** 2
-            expected = shape[0], channels * positions
-        else:
-            outputs = channels if layer.kind == "depthwise" else outputs
-            expected = outputs, 1 if layer.kind == "depthwise" else channels, *kernel
-        params[f"{i}.w"] = channels_last(layer, tensor(module, "weight", expected), channels)
-        bias = tensor(module, "bias", (outputs,), 0.0)
-        if layer.norm:
-            values = {"gamma": 1.0, "beta": bias, "mean": 0.0, "var": 1 - BATCH_NORM_EPS}
-            if not plain:
-                norm, one = norms.pop(0), (outputs,)
-                values["gamma"], values["beta"] = tensor(norm, "weight", one, 1), 0.0
-                values["beta"] = tensor(norm, "bias", one, 0)
-                values["mean"] = tensor(norm, "running_mean", one) - bias
-                values["var"] = tensor(norm, "running_var", one)
-            for name, value in values.items():
-                params[f"{i}.{name}"] = np.full(outputs, value, np.float32)
-        else:
-            params[f"{i}.b"] = bias
-        channels = outputs
+        found = modules[module]["weight"].shape
+        channels = channels or found[0 if layer.kind == "depthwise" else 1]
+        w = tensor(module, "weight", _state_weights(layer, found, channels))
+        params[f"{i}.w"], channels = channels_last(layer, w, channels), len(w)
+        bias, one = tensor(module, "bias", (len(w),), 0), (len(w),)
+        values = {"gamma": 1, "beta": bias, "mean": 0, "var": 1 - BATCH_NORM_EPS}
+        if layer.norm and not plain:
+            norm = norms.pop(0)
+            values = {"gamma": tensor(norm, "weight", one, 1), "beta": tensor(norm, "bias", one, 0)}
+            values["mean"] = tensor(norm, "running_mean", one) - bias
+            values["var"] = tensor(norm, "running_var", one)
+        for name, value in (values if layer.norm else {"b": bias}).items():
+            params[f"{i}.{name}"] = np.full(len(w), value, np.float32)
     unused = [f"{module}.{leaf}" for module, m in modules.items() for leaf in m]
     if unused:
         raise ValueError(f"{unused[0]}: belongs to no layer, expected {len(params)} parameters")

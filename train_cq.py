@@ -28,22 +28,19 @@ from cqsnn import Recipe
 
 # Recipes: what a data set or a network takes unless the command line says otherwise ---------------
 
-_LENET = Recipe("lenet*", clamp_epochs=8, quantize_epochs=4, lr=2e-3, batch=128, move=2)
-_CIFAR = Recipe(
-    *("allconv", 0, 13, 4, "muon", 0.13, 500),
-    smoothing=0.2,
-    move=2,
-    flip=True,
-    encoding="direct",
-    steps=16,
-    levels=16,
+# net, epochs of the ReLU, clamp and quantise stages, optimiser, rate, batch
+_LENET = Recipe(*("lenet*", 0, 1, 5, "muon", 0.09, 256), move=2, steps=64, levels=64)
+_ALLCONV = Recipe(
+    *("allconv", 0, 2, 16, "muon", 0.13, 500),
+    **{"smoothing": 0.2, "move": 3, "flip": True, "cutout": 8},
+    **{"encoding": "direct", "steps": 16, "levels": 16},
 )
 RECIPES = {
     "digits": Recipe("digits"),
-    "mnist": replace(_LENET, steps=64, levels=64),
-    "fashion-mnist": replace(_LENET, steps=64, levels=64, flip=True),
-    "cifar10": _CIFAR,
-    "cifar100": _CIFAR,
+    "mnist": replace(_LENET, turn=10.0),
+    "fashion-mnist": replace(_LENET, quantize_epochs=11, flip=True, cutout=6),
+    "cifar10": _ALLCONV,
+    "cifar100": _ALLCONV,
 }
 _VGG = {"optimizer": "muon", "lr": 0.09, "batch": 256, "dropout": 0.15}
 NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
@@ -179,10 +176,19 @@ def check_arguments(args, steps):
 # Device, data, run folder -------------------------------------------------------------------------
 
 
+def cpu_name():
+    """Return what the CPU calls itself, and how many cores we may use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), name)
+    return f"{name}, {cqsnn.CORES} cores"
+
+
 def array_library(device):
     """Return (numpy or cupy, its name) for --device; CuPy is imported only here."""
     if device == "cpu":
-        return np, platform.processor() or platform.machine()
+        return np, cpu_name()
     try:
         import cupy
 
@@ -194,7 +200,7 @@ def array_library(device):
         reason = f"CuPy finds no GPU ({type(error).__name__}), expected one"
     if device == "gpu":
         raise ValueError(f"--device gpu: {reason}")
-    return np, platform.processor() or platform.machine()
+    return np, cpu_name()
 
 
 def load_data(args, xp):
@@ -661,30 +667,32 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def convert_and_report(args, recipe, net, params, meta, folder, test, device):
+def convert_and_report(args, recipe, net, params, meta, folder, data, device):
     """Convert to every width, simulate, write snn.npz, report.json and the pictures."""
+    (images, _), test = data
     report = {
         "command": " ".join(["python train_cq.py", *args.command]),
         "seed": args.seed,
         "versions": {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
         | {"python": platform.python_version()},
         "device": device,
-        "dataset": args.dataset,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **{n: getattr(args, n) for n in ("dataset", "hold_out", "limit")},
         **{n: getattr(recipe, n) for n in ("net", "encoding", "levels", "shift", "steps")},
         "recipe": asdict(recipe),
+        "epochs": dict(recipe.stages),
+        "train_images": len(images),
     }
     report |= stage_accuracies(args, recipe, net, params, meta["log"], test)
     how = {"shift": recipe.shift, "channel_scales": args.channel_scales}
     convert = functools.partial(cqsnn.convert, net, params, test[0].shape[1:], recipe.steps, **how)
-    rows, widths = [], list(dict.fromkeys(args.weight_bits))
-    for bits in widths:
+    rows, seconds = [], {"train": sum(line["seconds"] for line in meta["log"])}
+    for bits in dict.fromkeys(args.weight_bits):
         began = time.perf_counter()
         snn = convert(bits, encoding=recipe.encoding)
-        seconds = {"train": sum(line["seconds"] for line in meta["log"])}
         seconds["convert"] = time.perf_counter() - began
         row = {"weight_bits": bits} | simulate(args, snn, test, brief=bool(rows))
-        row["seconds"] = seconds | row["seconds"]
-        row["scales"] = cqsnn.scales(net, params, snn)
+        row |= {"seconds": seconds | row["seconds"], "scales": cqsnn.scales(net, params, snn)}
         if recipe.levels == recipe.steps:
             how = {"threads": args.threads}
             row["moved_levels"] = cqsnn.moved_levels(net, params, snn, test[0], recipe, **how)
@@ -693,15 +701,22 @@ def convert_and_report(args, recipe, net, params, meta, folder, test, device):
             print_result(args.dataset, snn, report | row)
         rows.append(row)
     report |= rows[0] | {"bits": rows}
+    operations = 6 * report["macs_per_image"]  # forward, and backward twice that; 2 to a MAC
+    report["pflop"] = operations * len(images) * sum(report["epochs"].values()) / 1e15
     if len(rows) > 1:
         print_widths(report)
-    other = convert(widths[0], encoding="direct" if recipe.encoding == "spikes" else "spikes")
-    few = [array[:OTHER_IMAGES] for array in test]
-    report["other_encoding"] = {"encoding": other.encoding} | simulate(args, other, few)
-    print_result(args.dataset, other, report | report["other_encoding"])
+    convert_other_encoding(args, report, convert, test)
     write_json(folder / "report.json", report)
     draw(folder, report, meta["log"], cqsnn.load_snn(folder / "snn.npz"), test[0][:20])
     print(f"\nwritten to {folder}: snn.npz, report.json, log.jsonl and pictures (.png)")
+
+
+def convert_other_encoding(args, report, convert, test):
+    """Add to the report, and print, what the network gives with the other input encoding."""
+    encoding = "direct" if report["encoding"] == "spikes" else "spikes"
+    snn, few = convert(report["weight_bits"], encoding=encoding), [a[:OTHER_IMAGES] for a in test]
+    report["other_encoding"] = {"encoding": encoding} | simulate(args, snn, few)
+    print_result(args.dataset, snn, report | report["other_encoding"])
 
 
 def train_and_convert(args):
@@ -722,7 +737,7 @@ def train_and_convert(args):
     )
     with locked(folder):
         params, meta = train(args, recipe, net, folder, data, xp)
-        convert_and_report(args, recipe, net, params, meta, folder, data[1], device)
+        convert_and_report(args, recipe, net, params, meta, folder, data, device)
 
 
 def print_certificate(snn, schedule):

@@ -1,0 +1,158 @@
+"""Keep what runs gave under benchmarks/results, and write its README from their reports.
+
+    python benchmarks/results.py add RUN NAME    # keep a run folder's figures and network
+    python benchmarks/results.py                 # write benchmarks/results/README.md
+
+Kept: report.json and log.jsonl, snn.npz where it has at most 4 MiB (a digest of it otherwise),
+and latency.png. Rows on test images and comparisons on held-out training images are two tables.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LARGEST = 4 * 2**20  # bytes of an SNN file that is kept
+INTRODUCTION = """# Results
+
+Written by `python benchmarks/results.py` from the reports kept beside this file: what has been
+run, by which command, and what it gave. Seeds, hardware and dates stand with each row. `DIR`
+holds the data sets (`--data-dir`, `--download`). {notes}
+"""
+NOT_RUN = RESULTS / "not-run.md"  # by hand: what has not been run
+
+
+def add(run, name):
+    """Keep the figures of a run folder, and its network where it is small enough."""
+    kept = RESULTS / name
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ("report.json", "log.jsonl", "latency.png"):
+        if (run / file).exists():
+            shutil.copyfile(run / file, kept / file)
+    snn = (run / "snn.npz").read_bytes()
+    text = f"{hashlib.sha256(snn).hexdigest()}  snn.npz  {len(snn)} bytes\n"
+    (kept / "snn.sha256").write_text(text)
+    if len(snn) <= LARGEST:
+        (kept / "snn.npz").write_bytes(snn)
+
+
+def percent(x):
+    """Return an accuracy as a reader expects it, two digits of per cent."""
+    return "" if x is None else f"{100 * x:.2f}"
+
+
+def minutes(seconds):
+    """Return seconds as minutes, or as they are where few."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def schedules(block):
+    """Return "accuracy at n steps" of every schedule of a report or a part of one."""
+    steps = block["steps_to_answer"]
+    parts = []
+    for name, accuracy in block["snn_accuracy"].items():
+        label = f"delay {name}" if name.isdecimal() else name
+        parts.append(f"{label} {percent(accuracy)} ({steps[name]})")
+    return ", ".join(parts)
+
+
+def row(name, report):
+    """Return the lines of one run."""
+    epochs = ", ".join(f"{n} {stage}" for stage, n in report["epochs"].items())
+    seconds = report["seconds"]
+    spent = f"{minutes(seconds['train'])} training, {minutes(seconds['simulate'])} simulation"
+    lines = [
+        f"### {name}",
+        "",
+        f"`{report['command']}`",
+        "",
+        f"{report['dataset']}, `{report['net']}`, {epochs} epochs, {report['encoding']} input, "
+        f"T = {report['steps']}, L = {report['levels']}, h = {report['shift']}, "
+        f"{report['weight_bits']}-bit weights, seed {report['seed']}; {report['device']}, "
+        f"{report['date']}; {spent}; {report.get('pflop', 0):.3g} PFLOP of training.",
+        "",
+        "| clamp network | CQ network | integer CNN | images | MACs/image |",
+        "|---|---|---|---|---|",
+        f"| {percent(report['clamp_accuracy'])} | {percent(report['cq_accuracy'])} "
+        f"| {percent(report['integer_accuracy'])} | {report['images']:,} "
+        f"| {report['macs_per_image']:,} |",
+        "",
+        "| schedule | accuracy | steps to answer | wrong counts by layer, % | spikes/neuron "
+        "| SynOps/image |",
+        "|---|---|---|---|---|---|",
+    ]
+    for schedule, accuracy in report["snn_accuracy"].items():
+        wrong = " ".join(f"{100 * x:.1f}" for x in report["wrong_counts"][schedule])
+        lines.append(
+            f"| {schedule} | {percent(accuracy)} | {report['steps_to_answer'][schedule]} | {wrong} "
+            f"| {report['spikes_per_neuron'][schedule]:.2f} "
+            f"| {report['synops_per_image'][schedule]:,.0f} |"
+        )
+    other = report.get("other_encoding")
+    if other:
+        lines += [
+            "",
+            f"With {other['encoding']} input and no other training, first {other['images']:,} "
+            f"images: integer CNN {percent(other['integer_accuracy'])}, {schedules(other)}.",
+        ]
+    if len(report["bits"]) > 1:
+        both = list(report["bits"][-1]["snn_accuracy"])
+        lines += [
+            "",
+            f"| bits | integer CNN | {' | '.join(both)} |",
+            "|---" * (2 + len(both)) + "|",
+        ]
+        for part in report["bits"]:
+            values = [part["integer_accuracy"], *(part["snn_accuracy"][s] for s in both)]
+            lines.append(f"| {part['weight_bits']} | {' | '.join(map(percent, values))} |")
+    kept = RESULTS / name / "snn.sha256"
+    where = "kept here" if (RESULTS / name / "snn.npz").exists() else "not kept, too large"
+    lines += ["", f"`snn.npz` ({where}): SHA-256 `{kept.read_text().split()[0]}`", ""]
+    return lines
+
+
+def comparison(name, report):
+    """Return the line of a run that was judged on held-out training images."""
+    return (
+        f"| {name} | `{report['command']}` | {percent(report['clamp_accuracy'])} "
+        f"| {percent(report['cq_accuracy'])} | {schedules(report)} |"
+    )
+
+
+def write():
+    """Write the README of the results from the reports that are there."""
+    found = {p.parent.name: json.loads(p.read_text()) for p in RESULTS.glob("*/report.json")}
+    rows = {name: report for name, report in sorted(found.items()) if not report["hold_out"]}
+    lines = [INTRODUCTION.format(notes="Accuracies are in per cent.")]
+    for name, report in rows.items():
+        lines += row(name, report)
+    held = {name: report for name, report in sorted(found.items()) if report["hold_out"]}
+    if held:
+        lines += [
+            "## Comparisons",
+            "",
+            "Judged on held-out training images, never on test images.",
+            "",
+        ]
+        lines += ["| name | command | clamp network | CQ network | spiking (steps) |"]
+        lines += ["|---|---|---|---|---|"]
+        lines += [comparison(name, report) for name, report in held.items()]
+        lines += [""]
+    if NOT_RUN.exists():
+        lines += [NOT_RUN.read_text()]
+    (RESULTS / "README.md").write_text("\n".join(lines))
+
+
+def main():
+    """Read the command line: nothing, or add RUN NAME."""
+    if sys.argv[1:2] == ["add"] and len(sys.argv) == 4:
+        add(Path(sys.argv[2]), sys.argv[3])
+    elif len(sys.argv) > 1:
+        raise SystemExit(f"{' '.join(sys.argv[1:])}: expected nothing, or add RUN NAME")
+    write()
+
+
+if __name__ == "__main__":
+    main()
