@@ -280,7 +280,8 @@ def print_row(name, row):
     ranges = ["{:,} to {:,}".format(*ends) for ends in (row.certified, row.reached)]
     counts = [f"{n:,}" for n in (row.spikes, row.potentials, row.different)]
     narrow = f"{row.different_narrow:,} different" if row.overflows else "no input found"
-    print(LINE.format(name, row.bits, *ranges, *counts, narrow + "" if row.good else " WRONG"))
+    narrow += "" if row.good else ", WRONG"
+    print(LINE.format(name, row.bits, *ranges, *counts, narrow))
 
 
 def command(*arguments):
