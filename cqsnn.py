@@ -1355,7 +1355,7 @@ class LayerCertificate(NamedTuple):
 
     current: tuple  # the smallest and the largest of any neuron in one step
     potential: tuple  # of the potential when it is compared with theta, and before
-    bits: int  # of a two's complement register that holds it
+    bits: int  # of a two's complement register that holds it; theta may be beyond its reach
     carrier: type  # the float type in which sums of one step are exact
     early: int  # how many spikes too many a count can have, for the spike counts it receives
     late: int  # how many too few
@@ -1401,19 +1401,19 @@ def count_errors(layer, lowest, highest, steps, delay):
 
 
 def potential_range(layer, lowest, highest, steps, delay):
-    """Return the smallest and largest potential that a neuron of a layer can have when it is
+    """Return the smallest and largest potential that any neuron of a layer can have when it is
     compared, with N and X as in `count_errors`. Down: never a spike, v0 - T N, or N at each step
     after one, when v >= 0. Up: (d + 1) X at the first comparison, then at most X - theta more at
     each; or theta - 1 where it last did not fire, and X more. The last layer only sums up."""
-    down, up = (int(np.maximum(a, 0).max()) for a in (-lowest, highest))
-    v0, theta = (int(a.max()) for a in (layer.v0, layer.theta))
+    down, up = np.maximum(-lowest, 0), np.maximum(highest, 0)
     if not layer.fires:
-        return -steps * down, steps * up
-    left = max(steps - delay - 1, 0)
-    growth = max(0, int((highest - layer.theta.astype(np.int64)).max()))
+        return -steps * int(down.max()), steps * int(up.max())
+    v0, theta = (a.astype(np.int64) for a in (layer.v0, layer.theta))
+    left, growth = max(steps - delay - 1, 0), np.maximum(highest - theta, 0)
     first = v0 + min(delay + 1, steps) * up + left * growth
-    later = theta - 1 + up + (left - 1) * growth if left else 0
-    return min(int(layer.v0.min()) - steps * down, -left * down), max(first, later)
+    later = theta - 1 + up + (left - 1) * growth if left else first
+    smallest = np.minimum(v0 - steps * down, -left * down)
+    return int(smallest.min()), int(np.maximum(first, later).max())
 
 
 def certify(snn, schedule="streaming"):
@@ -1850,6 +1850,9 @@ def load_vectors(path):
     try:
         meta = json.loads(str(arrays.pop("meta")))
         steps, images, shapes = (meta[name] for name in ("steps", "images", "shapes"))
+        check_choice("encoding", meta["encoding"], ("spikes", "direct"))
+        if meta["delay"] != delay_of(meta["schedule"], steps):
+            raise ValueError(f"delay {meta['delay']}, its schedule is {meta['schedule']!r}")
         found = {"logits": arrays.pop("logits")}
         spiking = range(-(meta["encoding"] == "spikes"), len(shapes) - 2)
         for i, shape in zip(spiking, shapes[1 + spiking.start :]):
@@ -1864,11 +1867,18 @@ def load_vectors(path):
                 found[f"{i}.potential"] = arrays.pop(f"{i}.potential")
                 if found[f"{i}.potential"].shape != (images, *shape):
                     raise ValueError(f"{i}.potential: {found[f'{i}.potential'].shape}")
-        if arrays.keys() - {"input"} or found["logits"].shape != (steps, images, *shapes[-1]):
+        if meta["encoding"] == "direct":
+            found["input"] = arrays.pop("input")
+            if found["input"].dtype != np.uint8 or found["input"].shape != (images, *shapes[0]):
+                raise ValueError(f"input: {found['input'].shape}, expected uint8 pixels")
+        if arrays or found["logits"].shape != (steps, images, *shapes[-1]):
             raise ValueError("arrays that do not fit its meta")
+        wide = {a.dtype for name, a in found.items() if name.endswith(("potential", "logits"))}
+        if wide != {np.dtype(np.int64)}:
+            raise ValueError(f"potentials and logits of {wide}, expected int64")
     except Exception as error:
         raise ValueError(f"{path}: not whole golden vectors: {one_line(error)}") from None
-    return meta, found | arrays
+    return meta, found
 
 
 class DataSet(NamedTuple):

@@ -28,6 +28,8 @@ def simulate(path, x, applied):
 
     for layer in net.modules():
         if isinstance(layer, IAFSqueeze):
+            # its spikes are float32 whatever comes in; the next layer may be float64
+            layer.register_forward_hook(lambda m, i, out: out.to(x.dtype))
             layer.register_forward_hook(lambda m, i, out: spikes.append(by_step(out)))
             for apply in applied:
                 apply(layer)
