@@ -275,32 +275,6 @@ def arrays_by_name(draw):
     return arrays
 
 
-UNFIT = {
-    "another encoding": lambda meta, arrays: meta.update(encoding="rate"),
-    "a delay that is not its schedule's": lambda meta, arrays: meta.update(delay=2),
-    "no such schedule": lambda meta, arrays: meta.update(schedule="soon"),
-    "direct input that is none": lambda meta, arrays: meta.update(encoding="direct"),
-    "float logits": lambda meta, arrays: arrays.update(logits=arrays["logits"].astype(float)),
-    "no potentials": lambda meta, arrays: arrays.pop("0.potential"),
-    "another shape": lambda meta, arrays: meta.update(shapes=[[1, 1, 3], [6], [2]]),
-    "an array more": lambda meta, arrays: arrays.update(more=np.zeros(3)),
-}
-
-
-@pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
-def test_vectors_that_do_not_fit_their_meta_are_refused(change, tmp_path):
-    path = tmp_path / "vectors.npz"
-    small_vectors(path)
-    arrays = dict(np.load(path, allow_pickle=False))
-    meta = json.loads(str(arrays["meta"]))
-    change(meta, arrays)
-    arrays["meta"] = np.array(json.dumps(meta))
-    np.savez(path, **arrays)
-    with pytest.raises(ValueError) as caught:
-        cqsnn.load_vectors(path)
-    assert_one_line(caught, path)
-
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -494,13 +468,6 @@ def test_vectors_that_do_not_fit_their_meta_are_refused(change, tmp_path):
     with pytest.raises(ValueError) as caught:
         cqsnn.load_vectors(path)
     assert_one_line(caught, path)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=5,
-)
 
 
 def replaced(value, data):
