@@ -26,7 +26,7 @@ import cqsnn  # noqa: E402 (found in ROOT, wherever the command was started)
 SIMULATORS = ("spikingjelly", "sinabs", "brian2", "norse")
 CONTROL = "norse"
 FLIPPED = "one spike flipped"
-LENET = ROOT / "benchmarks" / "results" / "mnist-lenet-star.npz"
+LENET = ROOT / "benchmarks" / "results" / "mnist" / "snn.npz"
 
 # name: (T, input shape (H, W, C), encoding, v0 / theta, theta by channel, layers: (kind, size,
 # stride, pad, outputs)); a last dense layer of 5 classes, which does not fire, is added.
