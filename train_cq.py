@@ -29,7 +29,7 @@ from cqsnn import Recipe
 # Recipes: what a data set or a network takes unless the command line says otherwise ---------------
 
 # net, epochs of the ReLU, clamp and quantise stages, optimiser, rate, batch
-_LENET = Recipe(*("lenet*", 0, 1, 5, "muon", 0.09, 256), move=2, steps=64, levels=64)
+_LENET = Recipe(*("lenet*", 0, 1, 5, "muon", 0.09, 256), move=2, steps=48, levels=48)
 _ALLCONV = Recipe(
     *("allconv", 0, 2, 16, "muon", 0.13, 500),
     **{"smoothing": 0.2, "move": 3, "flip": True, "cutout": 8},

@@ -59,31 +59,34 @@ def same(params, others):
 ROW = "{:24}{:>8}{:>12}{:>12}{:>12}{:>12}  {}"
 
 
-def check(folder):
-    """Compare one model, print its row; return whether it agrees."""
-    name, net, counts = folder.name, network(folder.name), []
+def measure(folder):
+    """Return the arrays, parameters and distances of one model, and what is wrong with them."""
+    net = network(folder.name)
     with np.load(folder / "case.npz") as case:
         x, logits, exact = case["x"], case["logits"], case["exact"]
-    try:
-        params, others = (load(folder, file_format, net) for file_format in FORMATS)
-    except ValueError as error:
-        print(ROW.format(name, *[""] * 5, f"NOT RUN: {error}"), flush=True)
-        return False
+    params, others = (load(folder, file_format, net) for file_format in FORMATS)
     wide = {key: a.astype(np.float64) for key, a in params.items()}
     near = distance(net, params, x, logits)
-    nearer = distance(net, wide, x.astype(np.float64), exact)
     theirs = float(np.abs(logits - exact).max() / np.abs(exact).max())
-    allowed = ROUNDED if "norm" in name or name.endswith("-tp") else EXACT
-    wrong = []
-    if not near <= TOLERANCE:
-        wrong.append("DIFFERS")
-    if not nearer <= allowed:
-        wrong.append(f"DIFFERS in float64 by more than {allowed}")
-    if not same(params, others):
-        wrong.append("OTHER PARAMETERS FROM .safetensors")
-    counts = [f"{sum(a.size for a in params.values()):,}"]
-    counts += [f"{value:.1e}" for value in (near, theirs, nearer)]
-    print(ROW.format(name, len(params), *counts, ", ".join(wrong) or "agrees"), flush=True)
+    nearer = distance(net, wide, x.astype(np.float64), exact)
+    allowed = ROUNDED if "norm" in folder.name else EXACT
+    wrong = {
+        "DIFFERS": not near <= TOLERANCE,
+        f"DIFFERS in float64 by more than {allowed}": not nearer <= allowed,
+        "OTHER PARAMETERS FROM .safetensors": not same(params, others),
+    }
+    counts = (len(params), f"{sum(a.size for a in params.values()):,}")
+    distances = (f"{value:.1e}" for value in (near, theirs, nearer))
+    return (*counts, *distances), [words for words, is_so in wrong.items() if is_so]
+
+
+def check(folder):
+    """Compare one model, print its row; return whether it agrees."""
+    try:
+        cells, wrong = measure(folder)
+    except Exception as error:  # whatever stops it is a failure, and the next model is measured
+        cells, wrong = [""] * 5, [f"NOT RUN: {type(error).__name__}: {error}"]
+    print(ROW.format(folder.name, *cells, ", ".join(wrong) or "agrees"), flush=True)
     return not wrong
 
 
@@ -111,13 +114,14 @@ def make_images(folder):
 
 
 def fine_tune(state, out, data_dir):
-    """Run --init FILE for one epoch, at a rate that moves no weight by more than rounding."""
+    """Run --init FILE for one epoch, at a rate that moves no weight by more than rounding; with
+    adam, because muon scales a convolution's weights to a norm of its own."""
     return subprocess.run(
         [
             *(sys.executable, audit.ROOT / "train_cq.py", "--init", state, "--out", out),
-            *("--dataset", "cifar10", "--data-dir", data_dir, "--limit", "50", "--net", "vgg11"),
+            *("--dataset", "cifar10", "--data-dir", data_dir, "--limit", "25", "--net", "vgg11"),
             *("--clamp-epochs", "1", "--quantize-epochs", "0", "--schedule", "synchronous"),
-            *("--batch", "25", "--lr", "1e-8"),
+            *("--batch", "25", "--lr", "1e-8", "--optimizer", "adam", "--steps", "2"),
         ],
         cwd=audit.ROOT,
         capture_output=True,
@@ -152,13 +156,13 @@ def check_refusals(folder, work, data_dir):
     with np.load(folder / "state.npz") as state:
         state = dict(state)
     wide = state | {"0.weight": np.zeros((64, 3, 5, 5), np.float32)}
-    many = state | {"28.weight": np.zeros((100, 512), np.float32)}
-    named = dict(zip(state, state.values()))
-    del named["1.running_var"]
+    many = state | {"30.weight": np.zeros((100, 512), np.float32)}
+    many |= {"30.bias": np.zeros(100, np.float32)}
+    few = {name: a for name, a in state.items() if name != "1.running_var"}
     for what, arrays, words in (
         ("a 5x5 kernel", wide, ("0.weight", "(64, 3, 5, 5)", "(64, 3, 3, 3)")),
-        ("100 classes", many, ("28.", "100", "10")),
-        ("no running_var", named, ("1.running_var", "none", "(64,)")),
+        ("100 classes", many, ("100", "(512, 10)")),
+        ("no running_var", few, ("1.running_var", "none", "(64,)")),
     ):
         path, out = work / "refused.npz", work / "refused"
         np.savez(path, **arrays)
