@@ -38,7 +38,7 @@ _ALLCONV = Recipe(
 RECIPES = {
     "digits": Recipe("digits"),
     "mnist": replace(_LENET, turn=10.0),
-    "fashion-mnist": replace(_LENET, quantize_epochs=11, flip=True, cutout=6),
+    "fashion-mnist": replace(_LENET, quantize_epochs=7, flip=True, cutout=6),
     "cifar10": _ALLCONV,
     "cifar100": _ALLCONV,
 }
