@@ -137,7 +137,6 @@ def check_choice(name, value, choices):
 # 2  Layers: pure functions, y, cache = f(x, ...) and dx, grads = f_backward(dy, cache) ------------
 
 BATCH_NORM_EPS = 1e-5
-BATCH_NORM_MOMENTUM = 0.1
 GAMMA_START = 0.4  # most of a layer then lies where the clamp lets gradients pass
 
 
@@ -152,11 +151,13 @@ def pad_borders(x, pad):
 
 
 def windows(x, size, stride):
-    """View x (N, H, W, C) as its kernel windows (N, Ho, Wo, K, K*C); nothing is copied.
+    """View x (N, H, W, C) as its kernel windows (N, Ho, Wo, K, K*C); nothing is copied if
+    x lies in memory as here.
     The columns and channels of a window lie next to each other in memory: one axis."""
     n, height, width, channels = x.shape
+    if x.strides[2:] != (channels * x.itemsize, x.itemsize):
+        x = x.copy()  # such as a transposed view, or images[..., None], whose stride is 0
     image, row, column, channel = x.strides
-    assert channel == x.itemsize and column == channels * channel
     rows, columns = ((m - size) // stride + 1 for m in (height, width))
     shape = (n, rows, columns, size, size * channels)
     strides = (image, row * stride, column * stride, row, channel)
@@ -289,7 +290,7 @@ def batch_moments(zs, threads=None):
     return count, mean, sum_over_shards([*spreads, *offsets]) / count
 
 
-def batch_norm(zs, gamma, beta, mean, var, training, threads=None):
+def batch_norm(zs, gamma, beta, mean, var, training, threads=None, momentum=0.1):
     """u = gamma (z - mean) / sqrt(var + eps) + beta, for all shards of a batch.
     The one layer in which images meet, so it takes the list of shards. Training uses the
     batch's own mean and variance and moves the running ones in place by the momentum, the
@@ -297,8 +298,8 @@ def batch_norm(zs, gamma, beta, mean, var, training, threads=None):
     if training:
         count, batch_mean, batch_var = batch_moments(zs, threads)
         for running, now in ((mean, batch_mean), (var, batch_var * count / max(count - 1, 1))):
-            running *= 1 - BATCH_NORM_MOMENTUM
-            running += (BATCH_NORM_MOMENTUM * now).astype(running.dtype)
+            running *= 1 - momentum
+            running += (momentum * now).astype(running.dtype)
         mean, var = batch_mean, batch_var
     dtype = zs[0].dtype
     mean = mean.astype(dtype)  # a copy: backward must not see the running mean move
@@ -554,10 +555,13 @@ class LayerTape(NamedTuple):
     outputs: list  # what the layer passed on: activations, or levels while quantised
 
 
-def forward(net, params, x, activation="clamp", levels=None, shift=0.0, rng=None, threads=None):
+def forward(
+    net, params, x, activation="clamp", levels=None, shift=0.0, rng=None, threads=None, momentum=0.1
+):
     """Run the CNN on x (N, H, W, C), floats in [0, 1]; return logits (N, classes) and a tape.
     activation is "relu", "clamp" or "quantize" (with levels L and shift 0 or 1/2). A Generator
-    rng means training: dropout, and batch statistics, which move i.mean and i.var in place."""
+    rng means training: dropout, and batch statistics, which move i.mean and i.var in place by the
+    momentum."""
     check_choice("activation", activation, ACTIVATIONS)
     if (activation == "quantize") != (levels is not None):
         raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
@@ -568,7 +572,7 @@ def forward(net, params, x, activation="clamp", levels=None, shift=0.0, rng=None
         p = {name: params.get(f"{i}.{name}") for name in ("w", "b", "gamma", "beta", "mean", "var")}
         xs, sums = _forward_linear(layer, p, xs, unit, over)
         if layer.norm:
-            xs, norm = batch_norm(xs, *list(p.values())[2:], rng is not None, threads)
+            xs, norm = batch_norm(xs, *list(p.values())[2:], rng is not None, threads, momentum)
         if layer.kind == "pool" and activation == "quantize":
             xs = over(lambda u: array_module(u).floor(u * (levels / unit) + shift), xs)
         elif layer.kind != "pool" and i < len(net) - 1:
@@ -862,6 +866,18 @@ def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progres
         wrong = f"epoch {epoch + 1} ({activation}): the loss is {float(loss)}"
         raise FloatingPointError(f"{wrong}, which began in {where}")
     return float(loss) / n, float(correct) / n
+
+
+def take_statistics(net, params, images, recipe, rng, threads=None):
+    """Take i.mean and i.var anew for the quantised network, in place: their average over batches
+    of the training images (N, H, W, C) as they are, neither moved nor cut, with weights at rest.
+    Running statistics are those of augmented images, and lag behind the weights."""
+    net, order = with_dropout(net, 0.0), rng.permutation(len(images))
+    few = min(recipe.batch, len(images))
+    for k, start in enumerate(range(0, len(images) - few + 1, few), 1):
+        chosen = array_module(images).asarray(order[start : start + few])
+        x = network_input(images[chosen], recipe.steps, recipe.encoding)
+        forward(net, params, x, *recipe.how("quantize"), rng, threads, momentum=1 / k)
 
 
 def accuracy(net, params, images, labels, recipe, activation, batch=250, threads=None):
@@ -1690,7 +1706,14 @@ def load_state(path):
     except Exception as error:  # the package's own errors, and types that NumPy lacks
         raise ValueError(f"{path}: damaged or not .safetensors ({one_line(error)})") from None
     parts = {name: re.split(r"(\d+)", name) for name in arrays}
-    order = sorted(parts, key=lambda k: [int(x) if x.isdecimal() else x for x in parts[k]])
+    head = {k: k.partition(".")[0] for k in arrays}  # "features", "classifier", or a number
+    convolutions = {head[k] for k in arrays if arrays[k].ndim == 4}
+    last = {head[k] for k in arrays if arrays[k].ndim == 2} - convolutions  # the dense layers
+
+    def place(k):
+        return head[k] in last, [int(x) if x.isdecimal() else x for x in parts[k]]
+
+    order = sorted(parts, key=place)
     return {name: arrays[name] for name in order}
 
 
@@ -1706,24 +1729,28 @@ def _state_modules(arrays):
     return modules
 
 
-def _state_weights(layer, found, channels):
-    """Return the shape that PyTorch's weights of a layer have, given the one that was found."""
+def _state_weights(layer, found, channels, before, classes):
+    """Return the shape that PyTorch's weights of a layer have, given the one that was found, the
+    channels and, where known, the shape of its input, and the classes."""
     if layer.kind == "dense":
-        positions = 1 if layer.mean else max(1, math.isqrt(found[1] // channels)) ** 2
-        return found[0], channels * positions
+        square = max(1, math.isqrt(found[1] // channels)) ** 2
+        positions = 1 if layer.mean else math.prod(before[:-1]) if before else square
+        return layer.units or classes or found[0], channels * positions
     outputs, inputs = (channels, 1) if layer.kind == "depthwise" else (layer.channels, channels)
     return outputs, inputs, layer.size, layer.size
 
 
-def from_state(net, arrays):
-    """Return float32 parameters of net from a PyTorch state dict {name: array}.
+def from_state(net, arrays, shape=None, classes=None):
+    """Return float32 parameters of net from a PyTorch state dict {name: array}, for images of
+    `shape` (H, W, C) and so many classes where they are said; else as the tensors have it.
     Tensors are told by their shape and order, whatever their modules are called: the weights
     (O, C, K, K), (C, 1, K, K) of a trainable pooling, and (O, in) with `in` flattened in C, H, W
     order go to the layers that have weights, one after another; weight, bias, running_mean and
     running_var of each norm to the layers that have one. A convolution's bias is taken off the
     running mean; without any norm, beta is that bias and the norm otherwise changes nothing.
     Raises ValueError that names the tensor, what was found and what was expected."""
-    modules, params, channels = _state_modules(arrays), {}, None
+    modules, params, channels = _state_modules(arrays), {}, shape[2] if shape else None
+    befores = [shape, *output_shapes(net, shape, classes or 1)] if shape else [None] * len(net)
     weighted = [name for name, m in modules.items() if m.get("weight", np.zeros(1)).ndim > 1]
     norms = [name for name, m in modules.items() if "running_mean" in m]
     plain = not norms
@@ -1745,7 +1772,8 @@ def from_state(net, arrays):
         module = weighted.pop(0)
         found = modules[module]["weight"].shape
         channels = channels or found[0 if layer.kind == "depthwise" else 1]
-        w = tensor(module, "weight", _state_weights(layer, found, channels))
+        expected = _state_weights(layer, found, channels, befores[i], classes)
+        w = tensor(module, "weight", expected)
         params[f"{i}.w"], channels = channels_last(layer, w, channels), len(w)
         bias, one = tensor(module, "bias", (len(w),), 0), (len(w),)
         values = {"gamma": 1, "beta": bias, "mean": 0, "var": 1 - BATCH_NORM_EPS}
@@ -1781,16 +1809,24 @@ def channels_first(w, channels):
 
 NIR_NOTE = (
     "cqsnn: whole numbers; neurons fire at v >= v_threshold and then lose v_threshold (soft "
-    "reset), which NIR cannot say: spikingjelly needs IFNode.v_reset = None, sinabs "
-    "spike_fn = SingleSpike and min_v_mem = None. The last node sums up without firing."
+    "reset), which NIR cannot say: spikingjelly needs import_from_nir(..., dt=1.0) and "
+    "IFNode.v_reset = None, sinabs spike_fn = SingleSpike and min_v_mem = None. float32 is exact "
+    "while potentials stay below 2**24. The last node sums up without firing."
 )
 
 
 def to_nir(snn):
     """Return a SpikingNetwork as a NIR graph (package nir): Conv2d, Affine and SumPool2d, each but
     the last followed by IF, channels first; `NIR_NOTE` is its metadata.
-    Raises ValueError for what NIR cannot carry: depthwise layers and initial potentials."""
+    Raises ValueError for what NIR cannot carry: depthwise layers, initial potentials, and numbers
+    that are none in float32, which is what its readers make of them."""
     import nir
+
+    def exact(name, array):
+        wrong = array[array.astype(np.float32) != array]  # int32 and float32 compare as float64
+        if wrong.size:
+            raise ValueError(f"{name}: {wrong[0]}, expected numbers that float32 holds, as NIR's")
+        return array.astype(np.float32)
 
     nodes = [nir.Input(input_type=np.array([snn.input_shape[2], *snn.input_shape[:2]]))]
     for i, (layer, before, out) in enumerate(zip(snn.layers, snn.shapes, snn.shapes[1:])):
@@ -1800,23 +1836,40 @@ def to_nir(snn):
         if layer.kind == "dense":
             if len(before) == 3:
                 nodes.append(nir.Flatten({"input": np.array([before[2], *before[:2]])}, 0, -1))
-            w = channels_first(layer.w, before[-1]).astype(np.float32)
-            nodes.append(nir.Affine(w, layer.b.astype(np.float32)))
+            w = exact(f"{i}.w", channels_first(layer.w, before[-1]))
+            nodes.append(nir.Affine(w, exact(f"{i}.b", layer.b)))
         elif layer.kind == "conv":
-            w, b = channels_first(layer.w, before[-1]), layer.b
-            how = (layer.stride, layer.pad, 1, 1, b.astype(np.float32))
-            nodes.append(nir.Conv2d(before[:2], w.astype(np.float32), *how))
+            w = exact(f"{i}.w", channels_first(layer.w, before[-1]))
+            how = (layer.stride, layer.pad, 1, 1, exact(f"{i}.b", layer.b))
+            nodes.append(nir.Conv2d(before[:2], w, *how))
         else:
             square = np.array([layer.size, layer.size])
             nodes.append(nir.SumPool2d(square, square, np.array([0, 0])))
         if layer.fires:
-            theta = np.broadcast_to(layer.theta, out).astype(np.float32)
+            theta = exact(f"{i}.theta", np.broadcast_to(layer.theta, out))
             theta = np.moveaxis(theta, -1, 0).copy()  # (O, H, W)
             nodes.append(nir.IF(np.ones_like(theta), theta, np.zeros_like(theta)))
     nodes.append(nir.Output(output_type=np.array([snn.classes])))
     names = [f"{n}_{type(node).__name__.lower()}" for n, node in enumerate(nodes)]
     edges = list(itertools.pairwise(names))
     return nir.NIRGraph(dict(zip(names, nodes)), edges, {"note": NIR_NOTE})
+
+
+def save_nir(path, snn):
+    """Write a network as a NIR file, without the v_reset of IF nodes: nir up to 1.0.5, and with
+    it sinabs, cannot read one that has it; later ones read 0, which is what it would be."""
+    import h5py
+    import nir
+
+    graph = to_nir(snn)
+
+    def write(file):
+        nir.write(file, graph)
+        with h5py.File(file, "r+") as h5:
+            for node in h5["node/nodes"].values():
+                node.pop("v_reset", None)
+
+    write_file(path, write)
 
 
 def save_vectors(path, snn, k0, schedule="streaming"):

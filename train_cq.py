@@ -314,12 +314,15 @@ class Bar(tqdm):
             self.fp.flush()
 
 
-def initial_params(path, net, expected):
+def initial_params(path, net, shape, classes, expected):
     """Return the parameters of --init FILE, of the names and shapes of `expected`."""
     arrays = cqsnn.load_state(path)
     ours = str(arrays.get("format", "")) == cqsnn.MODEL_FORMAT
     try:
-        params = cqsnn.load_model(path)[0] if ours else cqsnn.from_state(net, arrays)
+        if ours:
+            params = cqsnn.load_model(path)[0]
+        else:
+            params = cqsnn.from_state(net, arrays, shape, classes)
     except ValueError as error:
         raise ValueError(f"--init: {path}: {error}") from None
     check_shapes(f"--init: {path}", params, expected)
@@ -334,7 +337,7 @@ def train(args, recipe, net, folder, data, xp):
     settings |= {"hold_out": args.hold_out, "init": args.init} | asdict(recipe)
     params = cqsnn.init_params(net, images.shape[1:], classes, np.random.default_rng(args.seed))
     if args.init is not None:
-        params = initial_params(args.init, net, params)
+        params = initial_params(args.init, net, images.shape[1:], classes, params)
     state, meta = {}, {"settings": settings, "epoch": 0, "log": []}
     start = previous_run(folder, settings, params, epochs, args.resume)
     params, state, meta = start or (params, state, meta)
@@ -363,6 +366,11 @@ def train(args, recipe, net, folder, data, xp):
             f"test {tested:.4f}  {len(images) / seconds:6.0f} images/s",
             flush=True,
         )
+    if not meta.get("finished"):
+        rng = np.random.default_rng([args.seed, epochs])
+        cqsnn.take_statistics(net, params, images, recipe, rng, args.threads)
+        meta["finished"] = True
+        cqsnn.save_model(folder / "model.npz", params, state, meta)
     return params, meta
 
 
@@ -631,14 +639,14 @@ def draw_weights(pyplot, snn, most=64):
 
 
 def stage_accuracies(args, recipe, net, params, log, test):
-    """Return the CNN's test accuracy at the end of each stage, for the report."""
+    """Return the CNN's test accuracy after each stage, for the report."""
     found = {}
     for stage in cqsnn.ACTIVATIONS:
         name = "cq_accuracy" if stage == "quantize" else f"{stage}_accuracy"
         tested = [line["test_accuracy"] for line in log if line["stage"] == stage]
-        if tested:
+        if tested and stage != "quantize":
             found[name] = tested[-1]
-        elif stage != "relu":
+        elif stage != "relu":  # quantised: with the statistics taken anew since
             found[name] = cqsnn.accuracy(net, params, *test, recipe, stage, threads=args.threads)
     return found
 
@@ -656,10 +664,12 @@ def forecast(args, recipe, net, params, data, epochs):
             *(recipe, args.seed, 0, lambda n: None, args.threads),
         )
         seconds = (time.perf_counter() - began) / few
-    delays = [cqsnn.delay_of(schedule, recipe.steps) for schedule in schedules_of(args)]
-    forwards = 1 + sum(recipe.steps - delay + (delay > 0) for delay in delays)
+    forwards = 0
+    for brief in [False, *[True] * (len(set(args.weight_bits)) - 1)]:
+        delays = [cqsnn.delay_of(schedule, recipe.steps) for schedule in schedules_of(args, brief)]
+        forwards += 1 + sum(recipe.steps - delay + (delay > 0) for delay in delays)
     training = epochs * (len(images) + len(tested) / 3) * seconds
-    return training, len(args.weight_bits) * forwards * len(tested) / 3 * seconds
+    return training, forwards * len(tested) / 3 * seconds
 
 
 def duration(seconds):
@@ -871,11 +881,9 @@ def simulate_file(args):
 def export_nir(path, snn):
     """Write a network as a NIR file, and say what its reader must set."""
     try:
-        import nir
+        cqsnn.save_nir(path, snn)
     except ImportError:
         raise ValueError("--export-nir: the package nir is not installed") from None
-    graph = cqsnn.to_nir(snn)
-    cqsnn.write_file(path, lambda file: nir.write(file, graph))
     print(f"written: {path}\n{cqsnn.NIR_NOTE}")
 
 

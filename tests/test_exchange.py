@@ -147,6 +147,37 @@ def test_every_network_of_the_table_takes_its_tensors_in_any_names(name):
             assert found == w[index]
 
 
+def test_maps_that_are_not_square_are_taken_with_the_shape_of_images():
+    net, rng = cqsnn.network("3C3-A-4C2p0-FC"), np.random.default_rng(0)
+    modules = torch_modules(net, 2, 3 * 1, rng)
+    state = state_of(modules)
+    with pytest.raises(ValueError, match=r"features\.4\.weight: shape \(3, 12\)"):
+        cqsnn.from_state(net, state)
+    params = cqsnn.from_state(net, state, shape=(8, 4, 2), classes=3)
+    x = rng.random((2, 8, 4, 2)).astype(np.float32)
+    logits, _ = cqsnn.forward(net, params, x, activation="relu")
+    expected = float_network(net, modules, x, True)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+    with pytest.raises(ValueError, match=r"features\.4\.weight: .* expected shape \(5, 12\)"):
+        cqsnn.from_state(net, state, shape=(8, 4, 2), classes=5)
+
+
+def test_dense_layers_of_safetensors_come_last_whatever_they_are_called(tmp_path):
+    net, rng = cqsnn.network("3C3-A-4C2p0-FC"), np.random.default_rng(0)
+    modules = torch_modules(net, 2, 4, rng)
+    state = state_of(modules[:-1]) | state_of(modules[-1:], "classifier")
+    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
+    params = cqsnn.from_state(net, cqsnn.load_state(tmp_path / "model.safetensors"))
+    assert (params["3.b"] == modules[-1]["bias"]).all()
+
+
+def test_numbers_that_float32_lacks_do_not_go_into_nir():
+    snn = simple_network(0)
+    large = cqsnn.replace(snn.layers[0], theta=np.int32(2**24 + 1))
+    with pytest.raises(ValueError, match=r"0\.theta: 16777217"):
+        cqsnn.to_nir(cqsnn.replace(snn, layers=(large, *snn.layers[1:])))
+
+
 def spoiled_state(spoil):
     net = cqsnn.network("3C3-A-4C2p0-FC")
     state = state_of(torch_modules(net, 2, 4, np.random.default_rng(0)))
@@ -239,7 +270,7 @@ def test_init_starts_from_the_weights_of_a_file(tmp_path):
     state["features.0.weight"] = np.zeros((32, 3, 3, 3))
     np.savez(tmp_path / "colour.npz", **state)
     done = train_cq(tmp_path, *QUICK, "--init", "colour.npz", "--out", "third")
-    assert_refused(done, "--init", "colour.npz", "0.w", "(3, 3, 3, 32)", "(3, 3, 1, 32)")
+    assert_refused(done, "colour.npz", "features.0.weight", "(32, 3, 3, 3)", "(32, 1, 3, 3)")
     done = train_cq(tmp_path, *QUICK, "--init", "none.npz", "--out", "third")
     assert_refused(done, "none.npz", "no such file")
 

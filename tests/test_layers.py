@@ -366,3 +366,16 @@ def test_what_forward_cannot_do_is_refused():
             cqsnn.forward(NET, params, x, *how)
     with pytest.raises(ValueError, match=r"layer 1 \(conv 4x4\): input 1x1, padded by 1"):
         cqsnn.output_shapes(cqsnn.network("2C2p0-3C4s2-FC"), (2, 2, 1), 3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_takes_images_however_they_lie_in_memory(stride):
+    rng = np.random.default_rng(0)
+    images, w = rng.normal(size=(3, 6, 7)), rng.normal(size=(3, 3, 1, 2))
+    plain = cqsnn.conv(np.ascontiguousarray(images)[..., None].copy(), w, stride, 0)[0]
+    assert (cqsnn.conv(images[..., None], w, stride, 0)[0] == plain).all()
+    turned = np.asfortranarray(images)[..., None]
+    assert (cqsnn.conv(turned, w, stride, 0)[0] == plain).all()
+    wide = rng.normal(size=(3, 6, 7, 4))[..., ::2]
+    two = np.concatenate([w, w], 2)
+    assert (cqsnn.conv(wide, two, stride, 0)[0] == cqsnn.conv(wide.copy(), two, stride, 0)[0]).all()

@@ -5,6 +5,7 @@ import math
 import re
 
 import numpy as np
+import oracles
 import pytest
 import threadpoolctl
 from hypothesis import given
@@ -340,6 +341,25 @@ def test_an_epoch_takes_every_image_once_in_its_own_order_at_the_rate_of_its_pla
     places = [i / 24 for i in (0, 5, 10, 12, 17, 22)] + [i / 12 for i in (0, 5, 10)]
     expected = [2 * (x / 0.1 if x < 0.1 else (1 - x) / 0.9) for x in places]
     assert rates == pytest.approx(expected, rel=1e-12)
+
+
+def test_statistics_taken_anew_are_those_of_the_images_at_rest():
+    """For one convolution: mean and variance of its sums over all images, in whole batches."""
+    net, rng = cqsnn.with_dropout(cqsnn.network("3C3-FC"), 0.5), np.random.default_rng(0)
+    images, _ = data(40)
+    params = cqsnn.init_params(net, images.shape[1:], 2, rng)
+    params["0.mean"][:], params["0.var"][:] = 7, 11  # forgotten
+    recipe = cqsnn.Recipe("digits", batch=20, move=2, levels=4, encoding="direct")
+    before = {k: a.copy() for k, a in params.items()}
+    cqsnn.take_statistics(net, params, images, recipe, np.random.default_rng(1))
+    order = np.random.default_rng(1).permutation(40)
+    x = images[order].astype(np.float64) / 255
+    z = np.array([oracles.loop_conv(part, params["0.w"], 1, 1) for part in (x[:20], x[20:])])
+    # float32 sums of nine products
+    np.testing.assert_allclose(params["0.mean"], z.mean((0, 1, 2, 3)), rtol=0, atol=1e-6)
+    variance = z.var((1, 2, 3), ddof=1).mean(0)
+    np.testing.assert_allclose(params["0.var"], variance, rtol=1e-5)
+    assert all((params[k] == before[k]).all() for k in params if k not in ("0.mean", "0.var"))
 
 
 @pytest.mark.parametrize(
