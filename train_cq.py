@@ -367,9 +367,8 @@ def train(args, recipe, net, folder, data, xp):
             flush=True,
         )
     if not meta.get("finished"):
-        rng = np.random.default_rng([args.seed, epochs])
+        rng, meta["finished"] = np.random.default_rng([args.seed, epochs]), True
         cqsnn.take_statistics(net, params, images, recipe, rng, args.threads)
-        meta["finished"] = True
         cqsnn.save_model(folder / "model.npz", params, state, meta)
     return params, meta
 
