@@ -1542,11 +1542,14 @@ LARGEST_FILE = 2**31  # bytes that a file may unpack to: no more is read of any
 
 def unpack(path):
     """Return the bytes of a .gz file, or raise ValueError where they are more than LARGEST_FILE."""
+    parts, size = [], 0
     with gzip.open(path) as file:
-        data = file.read(LARGEST_FILE + 1)
-    if len(data) > LARGEST_FILE:
-        raise ValueError(f"unpacks to more than {LARGEST_FILE:,} bytes")
-    return data
+        while block := file.read(2**20):  # all at once would take LARGEST_FILE for any file
+            parts.append(block)
+            size += len(block)
+            if size > LARGEST_FILE:
+                raise ValueError(f"unpacks to more than {LARGEST_FILE:,} bytes")
+    return b"".join(parts)
 
 
 def one_line(error):

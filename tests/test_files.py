@@ -827,6 +827,48 @@ def test_damaged_idx_is_refused(file, damage, zipped, tmp_path):
     assert_one_line(caught, path)
 
 
+DATA_FILES = {
+    "idx": ("mnist", lambda folder: write_idx(folder / "mnist", IDX_PARTS)),
+    "gz": ("mnist", lambda folder: write_idx(folder / "mnist", IDX_PARTS, zipped=True)),
+    "cifar": ("cifar10", lambda folder: write_cifar(folder, "cifar10", archived=False)),
+    "archive": ("cifar100", lambda folder: write_cifar(folder, "cifar100", archived=True)),
+}
+IDX_PARTS = [images_and_labels(5, 10, (4, 4), seed) for seed in range(2)]
+
+
+@pytest.mark.parametrize("name, write", DATA_FILES.values(), ids=DATA_FILES)
+@given(
+    which=st.integers(0, 5),
+    place=st.floats(0, 1, exclude_max=True),
+    header=st.booleans(),
+    change=st.one_of(st.just("cut"), st.binary(min_size=1, max_size=4)),
+)
+def test_spoiled_data_files_are_refused_in_one_line_or_read(
+    name, write, which, place, header, change
+):
+    """Cut, or some bytes replaced, in the headers above all; never a crash, nor much memory."""
+    with scratch_folder() as folder:
+        write(folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        path = files[which % len(files)]
+        data = bytearray(path.read_bytes())
+        i = int(place * (min(40, len(data)) if header else len(data)))
+        if change == "cut":
+            del data[i:]
+        else:
+            data[i : i + len(change)] = change
+        path.write_bytes(data)
+        tracemalloc.start()
+        try:
+            cqsnn.load_dataset(name, folder)
+        except ValueError as error:
+            assert str(path) in str(error) or str(path.parent) in str(error)
+            assert "\n" not in str(error)
+        assert tracemalloc.get_traced_memory()[1] < 2 * 10**6
+        tracemalloc.stop()
+        assert {*files} == {path for path in folder.rglob("*") if path.is_file()}
+
+
 def test_empty_data_set_is_refused(tmp_path):
     parts = [images_and_labels(0, 10, (28, 28), 0)] * 2
     write_idx(tmp_path / "mnist", parts)
