@@ -1309,6 +1309,47 @@ def macs(snn):
     return [0 if f.kind == "pool" else int(n) for f, n in zip(snn.layers, fans)]
 
 
+def effective_operations(snn, k0, counts):
+    """Return (MACs, ACs) of all images together, as NeuroBench counts them: at each step, each
+    input that is not zero times the nonzero weights it meets. A direct input's are MACs, those of
+    spikes ACs; poolings and biases have none. A layer with weights 0 and 1 adds them up."""
+    xp, found, direct = array_module(k0), [], snn.encoding == "direct"
+    inputs = [(k0 != 0) * np.int64(snn.steps) if direct else k0, *counts]
+    for layer, x, dense in zip(snn.layers, inputs, macs(snn)):
+        met = 0
+        if layer.kind != "pool":
+            w = xp.asarray(layer.w != 0, exact_dtype(len(k0) * snn.steps * dense))
+            met = int(linear(layer, x.sum(0, dtype=np.int64, keepdims=True), w)[0].sum())
+        found.append(met)
+    return (found[0], sum(found[1:])) if direct else (0, sum(found))
+
+
+def neurobench(snn, schedule, images, spikes, operations):
+    """Return what NeuroBench 2.3 (Yik et al., 2025) measures, under its names, for `images` images
+    with `spikes` spikes and the effective_operations of all of them. What is measured steps every
+    layer until the answer and holds the arrays of the SNN file that play a part: w and b, and
+    theta and v0 where a layer fires. Footprint: their bytes, int32; potentials are no part of it.
+    Footprint_packed, ours: the same with each w / unit in 1 byte, 2 from 9 bits on.
+    ConnectionSparsity: zero weights, a fraction. ActivationSparsity: silent steps of firing
+    neurons, a fraction. Dense: what each step costs if all inputs and weights are nonzero."""
+    steps, (mac, ac) = steps_to_answer(snn, schedule), operations
+    weights = [f.w for f in snn.layers if f.kind != "pool"]
+    held = [a for f in snn.layers for a in (f.b, *((f.theta, f.v0) if f.fires else ()))]
+    connections, others = sum(w.size for w in weights), sum(a.size for a in held if a is not None)
+    outputs = images * steps * sum(math.prod(shape) for shape in snn.shapes[1:-1])
+    return {
+        "Footprint": 4 * (connections + others),
+        "Footprint_packed": (1 if snn.weight_bits <= 8 else 2) * connections + 4 * others,
+        "ConnectionSparsity": sum(int((w == 0).sum()) for w in weights) / connections,
+        "ActivationSparsity": (outputs - spikes) / max(outputs, 1),
+        "SynapticOperations": {
+            "Effective_MACs": mac / images,
+            "Effective_ACs": ac / images,
+            "Dense": float(steps * sum(macs(snn))),
+        },
+    }
+
+
 def predicted(snn, images):
     """Return what simulate and integer_forward take for images (N, H, W, C) uint8."""
     return images if snn.encoding == "direct" else encode(images, snn.steps)
@@ -1318,8 +1359,8 @@ def evaluate(snn, images, labels, schedules, *, batch=100, progress=lambda n: No
     """Classify images (N, H, W, C) uint8 with the integer CNN and the SNN of each schedule.
     Returns integer_accuracy and, for each schedule: accuracy, curve (accuracy after t = 1 to T
     of the last layer's steps), wrong_counts (fraction of each firing layer's neurons whose
-    count is not the integer CNN's), spikes_per_neuron, synops_per_image, steps_to_answer and
-    seconds. progress(n) is told of n images of a schedule."""
+    count is not the integer CNN's), spikes_per_neuron, synops_per_image, steps_to_answer,
+    neurobench and seconds. progress(n) is told of n images of a schedule."""
     n, correct, rows = len(images), 0, {s: [] for s in schedules}
     for start in range(0, n, batch):
         k0, truth = predicted(snn, images[start : start + batch]), labels[start : start + batch]
@@ -1333,7 +1374,8 @@ def evaluate(snn, images, labels, schedules, *, batch=100, progress=lambda n: No
             pairs = zip(run.counts, reference.counts)
             wrong = [int((ours != exact).sum()) for ours, exact in pairs]
             spikes = sum(int(c.sum()) for c in run.counts)
-            rows[schedule].append((to_host(right), wrong, spikes, int(run.synops.sum()), seconds))
+            synops = int(run.synops.sum()), *effective_operations(snn, k0, run.counts)
+            rows[schedule].append((to_host(right), wrong, spikes, synops, seconds))
             progress(len(k0))
     neurons = np.array([n * math.prod(shape) for shape in snn.shapes[1:-1]])
     report = {}
@@ -1344,8 +1386,9 @@ def evaluate(snn, images, labels, schedules, *, batch=100, progress=lambda n: No
             "curve": (right / n).tolist(),
             "wrong_counts": (wrong / neurons).tolist(),
             "spikes_per_neuron": float(spikes / neurons.sum()),
-            "synops_per_image": float(synops / n),
+            "synops_per_image": float(synops[0] / n),
             "steps_to_answer": steps_to_answer(snn, schedule),
+            "neurobench": neurobench(snn, schedule, n, int(spikes), synops[1:].tolist()),
             "seconds": float(seconds),
         }
     return correct / n, report

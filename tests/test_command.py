@@ -258,7 +258,7 @@ REPORT = {
     *("steps", "weight_bits", "clamp_accuracy", "cq_accuracy", "integer_accuracy"),
     *("snn_accuracy", "curve", "wrong_counts", "moved_levels", "scales", "spikes_per_neuron"),
     *("synops_per_image", "steps_to_answer", "macs_per_image", "input_macs_per_image"),
-    *("images", "seconds"),
+    *("images", "seconds", "neurobench"),
 }
 SCHEDULES = ["streaming", "1", "2", "4", "synchronous"]
 FIRING = 4  # layers of `digits`: 32C3-A-64C3-A-FC, the last of which does not fire
@@ -318,6 +318,25 @@ def test_figures_of_a_report_agree(quick):
     for scale, largest in (row for row in report["scales"] if row):
         # largest is a float64 of a float32's product: 127 / largest may round to a whole number
         assert scale == int(127 / largest)
+
+
+def test_report_holds_the_neurobench_block_of_each_schedule(quick):
+    report = report_of(quick / "run")
+    assert list(report["neurobench"]) == SCHEDULES
+    weights = 3 * 3 * 32 + 3 * 3 * 32 * 64 + 256 * 10
+    others = 32 + 64 + 10 + 2 * FIRING  # biases; theta and v0
+    neurons = 8 * 8 * 32 + 4 * 4 * 32 + 4 * 4 * 64 + 2 * 2 * 64
+    for name, block in report["neurobench"].items():
+        assert block["Footprint"] == 4 * (weights + others)
+        assert block["Footprint_packed"] == weights + 4 * others
+        assert 0 < block["ConnectionSparsity"] < 1
+        steps, operations = report["steps_to_answer"][name], block["SynapticOperations"]
+        # a count of spikes of 100 images, by two ways of rounding
+        spikes = (1 - block["ActivationSparsity"]) * steps * neurons
+        assert abs(spikes - report["spikes_per_neuron"][name] * neurons) < 1e-6
+        assert operations["Dense"] == report["macs_per_image"] * steps
+        assert operations["Effective_MACs"] == 0
+        assert 0 < operations["Effective_ACs"] < report["synops_per_image"][name]
 
 
 def test_several_widths_give_a_row_each(tmp_path):

@@ -277,6 +277,56 @@ def test_law_12_identity_image_into_a_small_convolution_is_30_synops():
     assert cqsnn.synaptic_operations(snn, k0, []).tolist() == [30]
 
 
+@given(st.data())
+def test_neurobench_figures_equal_a_walk_over_every_spikes_nonzero_weights(data):
+    """A third of the weights zero, or all; every figure by its definition, for any delay."""
+    snn = data.draw(oracle.networks())
+    k0 = oracle.images(data.draw, snn, most=2)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    weights = [layer.w for layer in snn.layers if layer.w is not None]
+    for w in weights:
+        w[rng.random(w.shape) < 1 / 3] = 0
+    delay, direct = data.draw(st.integers(0, snn.steps)), snn.encoding == "direct"
+    run = cqsnn.simulate(snn, k0, delay)
+    found, dense = {"Effective_MACs": 0, "Effective_ACs": 0}, 0
+    inputs = [(k0 != 0) * snn.steps if direct else k0, *run.counts]
+    for i, (layer, x) in enumerate(zip(snn.layers, inputs, strict=True)):
+        name = "Effective_MACs" if direct and i == 0 else "Effective_ACs"
+        for index, _, weight in oracle.weights_met(layer, x.shape[1:]):
+            if layer.kind != "pool":
+                dense += snn.steps + delay * (len(snn.layers) - 1)
+                found[name] += int(x[(slice(None), *index)].sum()) * (weight != 0)
+    operations = cqsnn.effective_operations(snn, k0, run.counts)
+    assert operations == tuple(found.values())
+    spikes, neurons = (sum(int(f(c)) for c in run.counts) for f in (np.sum, np.size))
+    ours = cqsnn.neurobench(snn, delay, len(k0), spikes, operations)
+    per_image = {name: value / len(k0) for name, value in found.items()}
+    assert ours["SynapticOperations"] == {**per_image, "Dense": dense}
+    flat = [int(value) for w in weights for value in w.ravel()]
+    assert ours["ConnectionSparsity"] == flat.count(0) / len(flat)
+    steps = snn.steps + delay * (len(snn.layers) - 1)
+    silent = neurons * steps - spikes
+    assert ours["ActivationSparsity"] == (silent / (neurons * steps) if neurons else 0)
+    assert ours["Footprint"] - ours["Footprint_packed"] == 3 * len(flat)
+
+
+def test_neurobench_footprint_is_the_bytes_of_the_arrays_in_use(tmp_path):
+    """Those of the SNN file, without theta and v0 of the last layer; 12 bits take two bytes."""
+    net, params = random_cnn("3C3-A-4C3s2-FC", (9, 8, 2), 0)
+    for bits, channels in ((8, False), (12, True)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            snn = cqsnn.convert(net, params, (9, 8, 2), 4, bits, channel_scales=channels)
+        cqsnn.save_snn(tmp_path / "snn.npz", snn)
+        with np.load(tmp_path / "snn.npz") as arrays:
+            held = {name: a for name, a in arrays.items() if name[0].isdecimal()}
+        saved = sum(a.nbytes for name, a in held.items() if name not in ("3.theta", "3.v0"))
+        ours = cqsnn.neurobench(snn, "streaming", 1, 0, (0, 0))
+        assert ours["Footprint"] == saved
+        weights = sum(a.size for name, a in held.items() if name.endswith(".w"))
+        assert ours["Footprint_packed"] == saved - weights * (3 if bits == 8 else 2)
+
+
 # Conversion ---------------------------------------------------------------------------------
 
 
