@@ -11,8 +11,8 @@ Reading order
     3 networks     descriptions, the table of networks, init, forward, backward
     4 training     optimisers, rate, augmentation, one epoch, accuracy
     5 conversion   folding batch normalisation, integer weights, exactness bounds
-    6 simulation   encoder, IF neurons, integer CNN, schedules, synaptic operations
-    7 files        data sets, checkpoints, SNN files
+    6 simulation   encoder, IF neurons, integer CNN, schedules, operations, certificates
+    7 files        checkpoints, SNN files, PyTorch's weights, NIR, golden vectors, data sets
 
 Axes
     N images, H W rows and columns, C input channels, O output channels, K kernel size,
@@ -1628,7 +1628,7 @@ def read_npz(path, file_format=None):
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # zip, zlib, header and type errors: whatever damage brings
         raise ValueError(f"{path}: damaged or not a .npz file ({one_line(error)})") from None
-    if file_format is None:
+    if file_format is None and arrays:
         return arrays
     found = str(arrays.pop("format", "none"))
     if found != file_format:
