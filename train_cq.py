@@ -382,7 +382,8 @@ def schedules_of(args, brief=False):
 def simulate(args, snn, test, brief=False):
     """Evaluate a converted network under the schedules; return the report's figures."""
     schedules = schedules_of(args, brief)
-    with Bar(len(test[0]) * len(schedules), f"simulating {snn.encoding} input") as progress:
+    label = f"simulating {snn.weight_bits} bits, {snn.encoding} input"
+    with Bar(len(test[0]) * len(schedules), label) as progress:
         exact, rows = cqsnn.evaluate(
             snn, *test, schedules, progress=progress.update, threads=args.threads
         )

@@ -9,6 +9,7 @@ and latency.png. Rows on test images and comparisons on held-out training images
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def minutes(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def command(report):
+    """Return a run's command without what belongs to one machine: folders, and --resume."""
+    text = re.sub(r" --(out|threads) \S+| --resume", "", report["command"])
+    return re.sub(r"--data-dir \S+", "--data-dir DIR", text)
+
+
 def schedules(block):
     """Return "accuracy at n steps" of every schedule of a report or a part of one."""
     steps = block["steps_to_answer"]
@@ -62,11 +69,11 @@ def row(name, report):
     """Return the lines of one run."""
     epochs = ", ".join(f"{n} {stage}" for stage, n in report["epochs"].items())
     seconds = report["seconds"]
-    spent = f"{minutes(seconds['train'])} training, {minutes(seconds['simulate'])} simulation"
+    spent = f"{minutes(seconds['train'])} training, {minutes(sum(seconds['simulate'].values()))} simulation"
     lines = [
         f"### {name}",
         "",
-        f"`{report['command']}`",
+        f"`{command(report)}`",
         "",
         f"{report['dataset']}, `{report['net']}`, {epochs} epochs, {report['encoding']} input, "
         f"T = {report['steps']}, L = {report['levels']}, h = {report['shift']}, "
@@ -116,7 +123,7 @@ def row(name, report):
 def comparison(name, report):
     """Return the line of a run that was judged on held-out training images."""
     return (
-        f"| {name} | `{report['command']}` | {percent(report['clamp_accuracy'])} "
+        f"| {name} | `{command(report)}` | {percent(report['clamp_accuracy'])} "
         f"| {percent(report['cq_accuracy'])} | {schedules(report)} |"
     )
 
