@@ -219,7 +219,7 @@ def load_data(args, xp):
         with Bar(total, f"downloading {args.dataset}", "B") as progress:
             cqsnn.download(args.dataset, data_dir, progress.update)
         parts = cqsnn.load_dataset(args.dataset, data_dir)
-    if args.hold_out:
+    if args.hold_out is not None:
         cqsnn.check_range("--hold-out", args.hold_out, 1, len(parts[0][0]) - 1)
         cut = len(parts[0][0]) - args.hold_out
         parts = [[array[part] for array in parts[0]] for part in (slice(cut), slice(cut, None))]
@@ -933,6 +933,10 @@ def main(command=None):
     try:
         args = parser().parse_args(command)
         args.command = command
+        for name in ("certify", "explain", "digest", "record", "export_nir"):
+            if getattr(args, name) and not args.simulate:
+                wrong = f"--{name.replace('_', '-')}: no network to ask about"
+                raise ValueError(f"{wrong}, expected --simulate SNN.npz with it")
         (simulate_file if args.simulate else train_and_convert)(args)
     except KeyboardInterrupt:
         hint = "" if "--simulate" in command else "; the same command with --resume goes on"

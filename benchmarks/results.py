@@ -68,8 +68,8 @@ def schedules(block):
 def row(name, report):
     """Return the lines of one run."""
     epochs = ", ".join(f"{n} {stage}" for stage, n in report["epochs"].items())
-    seconds = report["seconds"]
-    spent = f"{minutes(seconds['train'])} training, {minutes(sum(seconds['simulate'].values()))} simulation"
+    training, simulating = (report["seconds"][name] for name in ("train", "simulate"))
+    spent = f"{minutes(training)} training, {minutes(sum(simulating.values()))} simulation"
     lines = [
         f"### {name}",
         "",

@@ -611,6 +611,14 @@ def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):
     assert digests == [cqsnn.spike_digest(snn, k0, s) for s in ("streaming", "2")]
 
 
+@pytest.mark.parametrize("question", ["certify", "explain", "digest", "record x.npz"])
+def test_questions_about_a_network_need_one(question, tmp_path):
+    name, *value = question.split()
+    done = train_cq(tmp_path, f"--{name}", *value)
+    assert_refused(done, f"--{name}", "--simulate")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_progress_is_plain_lines_without_a_terminal(capsys):
     with train_cq_module.Bar(100, "epoch 1/2 clamp") as progress:
         progress.mininterval = 0
