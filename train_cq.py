@@ -738,7 +738,9 @@ def train_and_convert(args):
     net = cqsnn.with_dropout(cqsnn.NETWORKS[recipe.net], recipe.dropout)
     shape = data[0][0].shape[1:]
     cqsnn.output_shapes(net, shape, 2)  # refuse images that the network cannot take, first
-    folder = Path(args.out or f"runs/{args.dataset}-{recipe.net.replace('*', '-star')}")
+    args.folder = folder = Path(
+        args.out or f"runs/{args.dataset}-{recipe.net.replace('*', '-star')}"
+    )
     stages = ", ".join(f"{n} epochs {name}" for name, n in recipe.stages)
     print(
         f"{args.dataset}: {len(data[0][0]):,} images to train, {len(data[1][0]):,} to test; "
@@ -926,7 +928,7 @@ def explain(args, snn, test):
 
 def main(command=None):
     """Run the command line; return its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
-    command = sys.argv[1:] if command is None else command
+    args, command = None, sys.argv[1:] if command is None else command
     warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
     # training says itself, in one line, where a loss ceased to be finite
     warnings.filterwarnings("ignore", "(overflow|invalid value|divide by zero) enc", RuntimeWarning)
@@ -939,7 +941,9 @@ def main(command=None):
                 raise ValueError(f"{wrong}, expected --simulate SNN.npz with it")
         (simulate_file if args.simulate else train_and_convert)(args)
     except KeyboardInterrupt:
-        hint = "" if "--simulate" in command else "; the same command with --resume goes on"
+        folder = getattr(args, "folder", None)
+        begun = folder is not None and (folder / "model.npz").exists()
+        hint = "; the same command with --resume goes on" if begun else ""
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
     except FloatingPointError as error:
