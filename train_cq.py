@@ -726,7 +726,7 @@ def convert_other_encoding(args, report, convert, test):
     encoding = "direct" if report["encoding"] == "spikes" else "spikes"
     snn, few = convert(report["weight_bits"], encoding=encoding), [a[:OTHER_IMAGES] for a in test]
     report["other_encoding"] = {"encoding": encoding} | simulate(args, snn, few)
-    print_result(args.dataset, snn, report | report["other_encoding"])
+    print_result(args.dataset, snn, {"dataset": args.dataset} | report["other_encoding"])
 
 
 def train_and_convert(args):
