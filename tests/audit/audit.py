@@ -146,6 +146,11 @@ def write_trained_case(folder, path, dataset, data_dir, images):
         return str(error)
 
 
+def data_dir(dataset, options):
+    """Return where a data set lies; the digits come with the project."""
+    return ROOT / "data" if dataset == "digits" else options.data_dir
+
+
 def write_cases(folder, options):
     """Write every case; return {case: why it is not run}."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -161,7 +166,7 @@ def write_cases(folder, options):
         "trained lenet*": (LENET, "mnist", min(4, options.images)),
     }
     why = {
-        case: write_trained_case(folder / case, path, dataset, options.data_dir, images)
+        case: write_trained_case(folder / case, path, dataset, data_dir(dataset, options), images)
         for case, (path, dataset, images) in trained.items()
     }
     return {case: reason for case, reason in why.items() if reason}
