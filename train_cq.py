@@ -514,7 +514,7 @@ def draw_latency(pyplot, report):
     axes.set_xlabel("time steps to the answer (names: delay of each layer, steps)")
     axes.set_ylabel("accuracy of the spiking network")
     axes.set_title(f"{report['dataset']}: accuracy against latency, T = {report['steps']}")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)  # beside, not on, the points
     return figure
 
 

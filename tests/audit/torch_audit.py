@@ -161,7 +161,7 @@ def check_refusals(folder, work, data_dir):
     few = {name: a for name, a in state.items() if name != "1.running_var"}
     for what, arrays, words in (
         ("a 5x5 kernel", wide, ("0.weight", "(64, 3, 5, 5)", "(64, 3, 3, 3)")),
-        ("100 classes", many, ("100", "(512, 10)")),
+        ("100 classes", many, ("30.weight", "(100, 512)", "(10, 512)")),
         ("no running_var", few, ("1.running_var", "none", "(64,)")),
     ):
         path, out = work / "refused.npz", work / "refused"
