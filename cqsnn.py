@@ -151,8 +151,7 @@ def pad_borders(x, pad):
 
 
 def windows(x, size, stride):
-    """View x (N, H, W, C) as its kernel windows (N, Ho, Wo, K, K*C); nothing is copied if
-    x lies in memory as here.
+    """View x (N, H, W, C) as its kernel windows (N, Ho, Wo, K, K*C); a view of x is copied first.
     The columns and channels of a window lie next to each other in memory: one axis."""
     n, height, width, channels = x.shape
     if x.strides[2:] != (channels * x.itemsize, x.itemsize):
@@ -1576,6 +1575,10 @@ def write_file(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:  # a full disk, say: name the file that was asked for
+        if error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
