@@ -313,6 +313,9 @@ class Bar(tqdm):
             self.fp.write(f"  {self.format_meter(**self.format_dict | {'ncols': 0})}\n")
             self.fp.flush()
 
+    def __del__(self):
+        """Nothing: `with` closes it, and tqdm's own fails where Ctrl-C came within __init__."""
+
 
 def initial_params(path, net, shape, classes, expected):
     """Return the parameters of --init FILE, of the names and shapes of `expected`."""
