@@ -137,6 +137,7 @@ def check_choice(name, value, choices):
 # 2  Layers: pure functions, y, cache = f(x, ...) and dx, grads = f_backward(dy, cache) ------------
 
 BATCH_NORM_EPS = 1e-5
+WHITEN_EPS = 5e-4  # added to a variance of pixels, white is 1: directions of mere noise stay small
 GAMMA_START = 0.4  # most of a layer then lies where the clamp lets gradients pass
 
 
@@ -215,6 +216,227 @@ def conv_backward(dz, cache, input_gradient=True):
                 pixels += dcols[:, :, :, k, m]
     dx = dx[:, pad : pad + height, pad : pad + width] if input_gradient else None
     return dx, {"w": dw.reshape(w.shape)}
+
+
+# Winograd's way to two outputs of a kernel of r taps with r + 1 products instead of 2 r:
+# y = A' ((G w) * (B' x)); in two dimensions y = A' ((G w G') * (B' x B)) A (Lavin and Gray, 2016).
+# r: (A', B', G). A' and B' only add and subtract, and 4 G w G' is whole where w is.
+WINOGRAD = {
+    2: (((1, 1, 0), (0, 1, 1)), ((1, -1, 0), (0, 1, 0), (0, -1, 1)), ((1, 0), (1, 1), (0, 1))),
+    3: (
+        ((1, 1, 1, 0), (0, 1, -1, 1)),
+        ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1)),
+        ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
+    ),
+}
+# With fewer channels passes over memory cost what products save, with fewer tiles in a shard those
+# over the weights do: measured. So is the number of bytes of tiles that are worked at a time.
+WINOGRAD_CHANNELS, WINOGRAD_TILES, WINOGRAD_BYTES = 128, 64, 2**22
+
+
+class WinogradKernel(NamedTuple):
+    """Convolution weights (K, K, C, O) of stride S, K = r S, as Winograd's algorithm takes them:
+    as r x r taps of stride 1 on the S x S phases of an image, S*S*C channels."""
+
+    u: np.ndarray  # G w G' (r+1, r+1, S*S*C, O)
+    stride: int
+
+
+def takes_winograd(layer, w, shape):
+    """Whether Winograd's algorithm fits a layer with weights w (K, K, C, O), and is the faster one
+    for inputs of `shape` (N, H, W, C) on a CPU."""
+    if layer.kind != "conv" or array_module(w) is not np:
+        return False
+    taps, rest = divmod(layer.size, layer.stride)
+    narrowest = min(layer.stride**2 * w.shape[2], w.shape[3])
+    tiles = shape[0] * math.prod(n // (2 * layer.stride) for n in shape[1:3])
+    large = narrowest >= WINOGRAD_CHANNELS and tiles >= WINOGRAD_TILES
+    return large and not rest and taps in WINOGRAD
+
+
+def winograd_kernel(w, stride):
+    """u = G w G', for the taps of each phase: w[S p + a, S q + b] is tap p, q of phase a, b."""
+    size, channels, outputs = len(w), w.shape[2], w.shape[3]
+    r = size // stride
+    g = np.array(WINOGRAD[r][2], w.dtype)
+    taps = w.reshape(r, stride, r, stride, channels, outputs).swapaxes(1, 2).reshape(r, r, -1)
+    u = g @ np.tensordot(g, taps, 1)
+    return WinogradKernel(u.reshape(r + 1, r + 1, stride**2 * channels, outputs), stride)
+
+
+def winograd_kernel_backward(du, stride):
+    """dw = G' du G, every tap back in its place."""
+    r, outputs = len(du) - 1, du.shape[3]
+    g = np.array(WINOGRAD[r][2], du.dtype).T
+    taps = (g @ np.tensordot(g, du.reshape(r + 1, r + 1, -1), 1)).reshape(
+        r, r, stride, stride, -1, outputs
+    )
+    return taps.swapaxes(1, 2).reshape(r * stride, r * stride, -1, outputs)
+
+
+def winograd_bound(u, largest):
+    """Bound every sum that `winograd` takes with u, whole numbers, of inputs from 0 to `largest`.
+    A value v = B' x B adds some inputs and subtracts others: it is at most as large as the more
+    numerous of the two. Then comes A' m A, with m at most the sum of |u| v over channels."""
+    a, b, _ = (np.array(matrix, np.float64) for matrix in WINOGRAD[len(u) - 1])
+    signs = np.einsum("ik,jl->ijkl", b, b)
+    reach = np.maximum((signs > 0).sum((2, 3)), (signs < 0).sum((2, 3)))  # (r+1, r+1)
+    m = reach[..., None] * np.abs(u).sum(2, dtype=np.float64)  # (r+1, r+1, O)
+    return largest * np.einsum("pi,qj,ijo->pqo", abs(a), abs(a), m).max()
+
+
+def signed_sum(signs, parts, out):
+    """out = the sum of sign * part, for signs -1, 0 and 1, of which one at least is 1."""
+    signed = [(np.add, part) for sign, part in zip(signs, parts) if sign > 0]
+    signed += [(np.subtract, part) for sign, part in zip(signs, parts) if sign < 0]
+    total = signed[0][1]
+    if len(signed) == 1:
+        out[...] = total
+    for function, part in signed[1:]:
+        total = function(total, part, out=out)
+
+
+class Tiles(NamedTuple):
+    """How 2 x 2 outputs at a time cover an image: `down` by `across` tiles, each of r + 1 rows and
+    columns of every phase, overlapping by r - 1. What they reach of the padded image is held as
+    (N, rows, 2, across + 1, S*C): even and odd columns of a phase apart, so that neighbouring tiles
+    are neighbours in memory."""
+
+    r: int
+    stride: int
+    pad: int
+    down: int
+    across: int
+
+    def crops(self, shape):
+        """Return the slices of images of `shape`, and of the padded ones, that meet."""
+        sizes = ((2 * self.down + self.r - 1) * self.stride, (2 * self.across + 2) * self.stride)
+        kept = [min(n, size - self.pad) for n, size in zip(shape[1:3], sizes)]
+        inside = (slice(None), *(slice(n) for n in kept))
+        return sizes, inside, (slice(None), *(slice(self.pad, self.pad + n) for n in kept))
+
+    def split(self, x, dtype):
+        """Return images x (N, H, W, C) as the tiles reach them, of a type."""
+        (rows, columns), inside, reached = self.crops(x.shape)
+        wide = np.zeros((len(x), rows, columns, x.shape[3]), dtype)
+        wide[reached] = x[inside]
+        return wide.reshape(len(x), rows, self.across + 1, 2, -1).swapaxes(2, 3).copy()
+
+    def merge(self, split, shape):
+        """Return what tiles have added up for each pixel, as images of `shape`."""
+        (rows, columns), inside, reached = self.crops(shape)
+        x = np.zeros((len(split), *shape[1:]), split.dtype)
+        x[inside] = split.swapaxes(2, 3).reshape(len(split), rows, columns, -1)[reached]
+        return x
+
+    def rows(self, split, k, phase):
+        """Return the view of split that row k of the tiles meets, (N, down, 2, across + 1, S*C)."""
+        return split[:, self.stride * k + phase :: 2 * self.stride][:, : self.down]
+
+    def columns(self, rows, k):
+        """Return the view of rows that column k of the tiles meets, (N, down, across, S*C)."""
+        return rows[:, :, k % 2, k // 2 : k // 2 + self.across]
+
+
+def winograd_inputs(x, tiles, dtype):
+    """v = B' x B of every tile and phase: (r+1, r+1, N, down, across, S*S*C), from x (N, ...)."""
+    split, b, every = tiles.split(x, dtype), WINOGRAD[tiles.r][1], range(tiles.r + 1)
+    n, width = len(x), split.shape[-1]
+    v = np.empty((*2 * (tiles.r + 1,), n, *tiles[3:], tiles.stride * width), dtype)
+    rows = np.empty((n, tiles.down, *split.shape[2:]), dtype)
+    for phase, i in itertools.product(range(tiles.stride), every):
+        signed_sum(b[i], [tiles.rows(split, k, phase) for k in every], rows)
+        for j in every:
+            out = v[i, j][..., phase * width : (phase + 1) * width]
+            signed_sum(b[j], [tiles.columns(rows, k) for k in every], out)
+    return v
+
+
+def winograd_inputs_backward(dv, tiles, shape):
+    """dx = B dv B' of every tile, added up where tiles overlap, as images of `shape`."""
+    b, every, n = WINOGRAD[tiles.r][1], range(tiles.r + 1), dv.shape[2]
+    (height, _), width = tiles.crops(shape)[0], dv.shape[-1] // tiles.stride
+    split = np.zeros((n, height, 2, tiles.across + 1, width), dv.dtype)
+    rows = np.empty((n, tiles.down, *split.shape[2:]), dv.dtype)
+    for phase, i in itertools.product(range(tiles.stride), every):
+        parts = [dv[i, j][..., phase * width : (phase + 1) * width] for j in every]
+        rows[:, :, :, -1] = 0  # there, columns 0 and 1 of the tiles leave nothing
+        for k, signs in enumerate(zip(*b)):
+            out = tiles.columns(rows, k)
+            signed_sum((k > 1, *signs), (out, *parts), out)
+        for k in every:
+            out = tiles.rows(split, k, phase)
+            if b[i][k]:
+                signed_sum((1, b[i][k]), (out, rows), out)
+    return tiles.merge(split, shape)
+
+
+def winograd_outputs(m, z):
+    """z = A' m A of every tile, from m (r+1, r+1, N, down, across, O); in place on z."""
+    a = WINOGRAD[len(m) - 1][0]
+    pairs = z.reshape(len(z), m.shape[3], 2, m.shape[4], 2, -1)
+    for i in range(2):
+        half = np.empty_like(m[0])
+        signed_sum(a[i], m, half)
+        for j in range(2):
+            signed_sum(a[j], half, pairs[:, :, i, :, j])
+
+
+def winograd_outputs_backward(dz, r):
+    """dm = A dz A' of every tile."""
+    a, (n, height, width, outputs) = WINOGRAD[r][0], dz.shape
+    shape = (n, height // 2, 2, width // 2, 2, outputs)
+    pairs = dz.reshape(shape).transpose(2, 4, 0, 1, 3, 5).copy()
+    dm = np.empty((r + 1, r + 1, *pairs.shape[2:]), dz.dtype)
+    half = np.empty_like(pairs[0])
+    for i, signs in enumerate(zip(*a)):
+        signed_sum(signs, pairs, half)
+        for j, others in enumerate(zip(*a)):
+            signed_sum(others, half, dm[i, j])
+    return dm
+
+
+def tile_blocks(x, kernel, pad):
+    """Return height and width of the outputs, the Tiles, and slices of images to work at a time."""
+    u, stride = kernel
+    r = len(u) - 1
+    height, width = ((n + 2 * pad - r * stride) // stride + 1 for n in x.shape[1:3])
+    tiles = Tiles(r, stride, pad, (height + 1) // 2, (width + 1) // 2)
+    image = math.prod(tiles[3:]) * (r + 1) ** 2 * max(u.shape[2:]) * u.itemsize
+    block = max(1, WINOGRAD_BYTES // image)
+    return height, width, tiles, [slice(i, i + block) for i in range(0, len(x), block)]
+
+
+def winograd(x, kernel, pad):
+    """Convolve as `conv` does, x (N, H, W, C) of any real type carried in the kernel's.
+    Returns z (N, Ho, Wo, O), cache."""
+    u, (height, width, tiles, blocks) = kernel.u, tile_blocks(x, kernel, pad)
+    z = np.empty((len(x), 2 * tiles.down, 2 * tiles.across, u.shape[3]), u.dtype)
+    for images in blocks:
+        v = winograd_inputs(x[images], tiles, u.dtype)
+        m = v.reshape(*v.shape[:2], -1, v.shape[-1]) @ u
+        winograd_outputs(m.reshape(*v.shape[:-1], -1), z[images])
+    return np.ascontiguousarray(z[:, :height, :width]), (x, kernel, pad)
+
+
+def winograd_backward(dz, cache, input_gradient=True):
+    """With m = v u for every tile: du = v' dm, dv = dm u'.
+    Returns dx (None unless input_gradient), {"w": du}."""
+    x, kernel, pad = cache
+    u, (height, width, tiles, blocks) = kernel.u, tile_blocks(x, kernel, pad)
+    rest = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # outputs that only tiles have
+    dz = np.pad(dz, rest) if height % 2 or width % 2 else dz
+    du, dx = np.zeros_like(u), np.empty(x.shape, u.dtype) if input_gradient else None
+    for images in blocks:
+        v = winograd_inputs(x[images], tiles, u.dtype)
+        dm = winograd_outputs_backward(dz[images], tiles.r)
+        v, dm = (a.reshape(*a.shape[:2], -1, a.shape[-1]) for a in (v, dm))
+        du += v.swapaxes(2, 3) @ dm
+        if input_gradient:
+            dv = np.matmul(dm, u.swapaxes(2, 3), out=v)
+            dv = dv.reshape(*v.shape[:2], -1, *tiles[3:], v.shape[-1])
+            dx[images] = winograd_inputs_backward(dv, tiles, x.shape)
+    return dx, {"w": du}
 
 
 def depthwise(x, w, stride, pad):
@@ -515,9 +737,30 @@ def init_params(net, shape, classes, rng):
     return params
 
 
+def whiten(net, params, x):
+    """Let a first convolution start as what decorrelates its K x K patches of images x (N, H, W, C)
+    in [0, 1]: the eigenvectors of their covariance, largest eigenvalue first, each divided by the
+    root of it and with both signs, for as many channels as there are; in place on params. Returns
+    params; those of a network that begins otherwise stay as they are."""
+    if net[0].kind != "conv":
+        return params
+    xp, w, count, total, square = array_module(x), params["0.w"], 0, 0, 0
+    for _, rows in column_blocks(x, net[0].size, 1, 0, x.dtype):
+        count, total = count + len(rows), total + rows.sum(0, dtype=np.float64)
+        square = square + (rows.T @ rows).astype(np.float64)
+    mean = total / count
+    variance, vectors = xp.linalg.eigh(square / count - xp.outer(mean, mean))  # rising
+    kept = min(w.shape[3] // 2, len(mean))
+    vectors = (vectors / xp.sqrt(xp.maximum(variance, 0) + WHITEN_EPS))[:, ::-1][:, :kept]
+    w[..., : 2 * kept] = xp.concatenate([vectors, -vectors], 1).reshape(*w.shape[:3], -1)
+    return params
+
+
 def linear(layer, x, w):
     """Apply the weighted sum of a layer (of a CNN or a converted one) to x, without its bias.
     The type of w carries the sum; a pooling, whose weights are 1, gets any array of that type."""
+    if isinstance(w, WinogradKernel):
+        return winograd(x, w, layer.pad)
     if layer.kind == "conv":
         return conv(x, w, layer.stride, layer.pad)
     if layer.kind == "depthwise":
@@ -527,6 +770,8 @@ def linear(layer, x, w):
 
 def linear_backward(layer, dz, cache, input_gradient=True):
     """Return dx and {"w": dw} of `linear`."""
+    if isinstance(cache[1], WinogradKernel):
+        return winograd_backward(dz, cache, input_gradient)
     if layer.kind == "conv":
         return conv_backward(dz, cache, input_gradient)
     if layer.kind == "depthwise":
@@ -592,6 +837,8 @@ def _forward_linear(layer, p, xs, unit, over):
         zs, caches = zip(*over(lambda x: sum_pool(x, layer.size, x.dtype), xs))
         return over(lambda z: z / layer.size**2, zs), caches
     w = every_position(layer, p["w"], xs[0].shape[1:]) / unit
+    if takes_winograd(layer, w, xs[0].shape):
+        w = winograd_kernel(w, layer.stride)
     zs, caches = zip(*over(lambda x: linear(layer, x, w), xs))
     return zs if layer.norm else over(lambda z: z + p["b"], zs), caches
 
@@ -624,17 +871,19 @@ def backward(net, params, tape, dlogits, threads=None):
 def _backward_linear(layer, w, entry, das, input_gradient, over):
     """The derivative by the inputs, as activations, of each shard, and by the weights."""
 
-    def shard_gradients(dz, cache):
+    caches = entry.sums
+    winograd = layer.kind != "pool" and isinstance(caches[0][1], WinogradKernel)
+    if layer.kind != "pool":
         # inputs were activations * unit, with weights w / unit: by the activation it is w itself
-        if layer.kind != "pool":
-            shape = cache[0].shape[1:]
-            cache = (cache[0], every_position(layer, w, shape), *cache[2:])
-        return linear_backward(layer, dz, cache, input_gradient)
-
-    dxs, parts = zip(*over(shard_gradients, das, entry.sums))
+        kernel = every_position(layer, w, caches[0][0].shape[1:])
+        if winograd:
+            kernel = WinogradKernel(caches[0][1].u * w.dtype.type(entry.unit), layer.stride)
+        caches = [(cache[0], kernel, *cache[2:]) for cache in caches]
+    dxs, parts = zip(*over(lambda *a: linear_backward(layer, *a, input_gradient), das, caches))
     if layer.kind == "pool":
         return dxs, None
     dw = sum_over_shards([part["w"] for part in parts]) / entry.unit
+    dw = winograd_kernel_backward(dw, layer.stride) if winograd else dw
     if dw.shape != w.shape:  # one w for every position, divided by their number
         dw = dw.reshape(-1, *w.shape).mean(0)
     return dxs, dw
@@ -724,6 +973,7 @@ class Recipe:
     turn: float = 0.0  # degrees, each way, by which images are turned at random
     noise: float = 0.0  # deviation of Gaussian noise on pixels, white is 1
     cutout: int = 0  # side of the square that is painted over, pixels
+    whiten: bool = False  # the first convolution starts as what decorrelates patches of images
     encoding: str = "spikes"
     steps: int = 32
     levels: int = 32
@@ -1077,10 +1327,11 @@ def integer_forward(snn, k0, threads=None):
     "direct". The last layer gives its logits, w . k_in + T b. Exact whole numbers."""
     check_input(snn, k0)
     xp, steps = array_module(k0), snn.steps
-    sums = []
-    for i, layer in enumerate(snn.layers):
-        bound = largest_sum(layer, snn.largest_input(i) * steps, steps)
-        sums.append(Sums(layer, xp, exact_dtype(bound), integer_dtype(bound)))
+    parts = shards(len(k0))
+    sums = [
+        Sums(snn, i, xp, snn.largest_input(i) * steps, steps, parts[0].stop)
+        for i in range(len(snn.layers))
+    ]
 
     def run(inputs):
         charge = inputs * sums[0].integer(steps if snn.encoding == "direct" else 1)
@@ -1092,21 +1343,33 @@ def integer_forward(snn, k0, threads=None):
                 counts.append(xp.clip(charge // xp.asarray(layer.theta), 0, steps))
         return counts[1:], charge
 
-    counts, logits = zip(*over_shards(run, [k0[part] for part in shards(len(k0))], threads=threads))
+    counts, logits = zip(*over_shards(run, [k0[part] for part in parts], threads=threads))
     return Reference([xp.concatenate(parts) for parts in zip(*counts)], xp.concatenate(logits))
 
 
 class Sums:
-    """A layer's weights carried in a float type that holds its sums exactly, and its bias."""
+    """The weights of layer i and its bias, in types that hold its sums exactly: of inputs up to
+    `largest`, with `steps` times the bias. `images` is how many are worked at once."""
 
-    def __init__(self, layer, xp, carrier, integer):
-        self.layer, self.integer = layer, integer
+    def __init__(self, snn, i, xp, largest, steps, images, integer=None):
+        layer = self.layer = snn.layers[i]
+        bound = largest_sum(layer, largest, steps)
+        carrier, self.integer = exact_dtype(bound), integer or integer_dtype(bound)
+        self.b = xp.asarray(0 if layer.b is None else layer.b, self.integer)
+        self.scale, shape = None, (images, *snn.shapes[i])
         self.w = xp.ones((), carrier) if layer.w is None else xp.asarray(layer.w, carrier)
-        self.b = xp.asarray(0 if layer.b is None else layer.b, integer)
+        if layer.w is not None and takes_winograd(layer, self.w, shape):
+            unit = 1 if (layer.w % snn.unit).any() else snn.unit  # smaller numbers, more room
+            kernel = winograd_kernel(self.w * carrier(4 / unit), layer.stride)  # whole: see there
+            if winograd_bound(kernel.u, largest) < 2**24:
+                self.w, self.scale = kernel, carrier(unit / 4)
 
     def __call__(self, x, steps):
         """Return w . x + b * steps as integers, for x (N, ...)."""
-        current = linear(self.layer, x, self.w)[0].astype(self.integer)
+        current = linear(self.layer, x, self.w)[0]
+        if self.scale is not None:
+            current *= self.scale
+        current = current.astype(self.integer)
         current += self.b * self.integer(steps)
         return current
 
@@ -1240,10 +1503,10 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     chunk = chunk or max(1, min(snn.steps, CHUNK_BYTES // (largest * batch)))
     sums = []
     for i, layer in enumerate(snn.layers):
-        step = largest_sum(layer, snn.largest_input(i), 1)
-        start = largest_sum(layer, snn.largest_input(i) * delay, delay)
-        integer = integer_dtype(snn.steps * step + int(abs(layer.v0).max()))
-        sums.append([Sums(layer, xp, exact_dtype(bound), integer) for bound in (step, start)])
+        input_, v0 = snn.largest_input(i), int(abs(layer.v0).max())
+        integer = integer_dtype(snn.steps * largest_sum(layer, input_, 1) + v0)
+        one = Sums(snn, i, xp, input_, 1, batch * chunk, integer)
+        sums.append((one, Sums(snn, i, xp, input_ * delay, delay, batch, integer)))
     blocks = [k0[start : start + batch] for start in range(0, len(k0), batch)]
     how = (delay, chunk, record)
     runs = over_shards(lambda block: _run_block(snn, sums, block, *how), blocks, threads=threads)
@@ -1530,8 +1793,8 @@ def divergence(snn, k0, schedule="streaming", threads=None):
     x, seen_at = Source(k0, steps, snn.encoding).spikes(steps), xp.arange(steps)
     steps_left, seen_at = steps - 1 - seen_at, xp.minimum(seen_at + delay, steps - 1)
     for i, (layer, spikes, exact) in enumerate(zip(snn.layers, run.spikes, reference.counts)):
-        bound = largest_sum(layer, snn.largest_input(i), 1)
-        sums = Sums(layer, xp, exact_dtype(bound), integer_dtype(steps * bound))
+        integer = integer_dtype(steps * largest_sum(layer, snn.largest_input(i), 1))
+        sums = Sums(snn, i, xp, snn.largest_input(i), 1, steps * len(k0), integer)
         charge = sums(x.reshape(-1, *x.shape[2:]), 1).reshape(spikes.shape).cumsum(0)
         charge += xp.asarray(layer.v0)  # P(t), then the potential that each comparison meets
         fired = spikes.cumsum(0, dtype=np.int64)  # (T, N, ...)

@@ -31,8 +31,8 @@ from cqsnn import Recipe
 # net, epochs of the ReLU, clamp and quantise stages, optimiser, rate, batch
 _LENET = Recipe(*("lenet*", 0, 1, 5, "muon", 0.09, 256), move=2, steps=48, levels=48)
 _ALLCONV = Recipe(
-    *("allconv", 0, 2, 16, "muon", 0.13, 500),
-    **{"smoothing": 0.2, "move": 3, "flip": True, "cutout": 8},
+    *("allconv", 0, 1, 18, "muon", 0.13, 500),
+    **{"smoothing": 0.2, "move": 3, "flip": True, "cutout": 8, "whiten": True},
     **{"encoding": "direct", "steps": 16, "levels": 16},
 )
 RECIPES = {
@@ -120,6 +120,8 @@ def add_recipe_options(p):
     p.add_argument("--turn", type=float, metavar="X", help="turn them by up to X degrees")
     p.add_argument("--noise", type=float, metavar="X", help="add Gaussian noise, white is 1")
     p.add_argument("--cutout", type=int, metavar="N", help="paint over NxN pixels of each")
+    text = "let the first convolution start as what decorrelates patches of images"
+    p.add_argument("--whiten", action=argparse.BooleanOptionalAction, help=text)
 
 
 def chosen_recipe(args):
@@ -339,6 +341,9 @@ def train(args, recipe, net, folder, data, xp):
     settings = {"dataset": args.dataset, "seed": args.seed, "limit": args.limit}
     settings |= {"hold_out": args.hold_out, "init": args.init} | asdict(recipe)
     params = cqsnn.init_params(net, images.shape[1:], classes, np.random.default_rng(args.seed))
+    if recipe.whiten:
+        few = cqsnn.network_input(cqsnn.to_host(images[:5000]), recipe.steps, recipe.encoding)
+        cqsnn.whiten(net, params, few)
     if args.init is not None:
         params = initial_params(args.init, net, images.shape[1:], classes, params)
     state, meta = {}, {"settings": settings, "epoch": 0, "log": []}

@@ -1,12 +1,13 @@
 """Laws 1 and 2 of DESIGN section 9: layers, their gradients, and folding."""
 
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_gradient, loop_conv, loop_dense, loop_depthwise, loop_pool
+from oracles import assert_gradient, loop_conv, loop_dense, loop_depthwise, loop_pool, winograd_at_any_size
 
 import cqsnn
 
@@ -46,6 +47,64 @@ def test_law_1_convolution_backward_is_the_exact_adjoint_over_many_blocks(stride
     assert (dz * loop_conv(y, w, stride, pad)).sum() == (dx * y).sum()
     none, same = cqsnn.conv_backward(dz, cache, input_gradient=False)
     assert none is None and (same["w"] == grads["w"]).all()
+
+
+@given(
+    st.sampled_from([(1, 2), (1, 3), (2, 2), (2, 3), (3, 2)]),
+    *(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2), st.integers(0, 2**32)),
+)
+def test_winograd_is_the_convolution_and_its_exact_adjoint_on_whole_numbers(kernel, h, w, pad, seed):
+    """4 G w G' is whole: nothing is rounded, in either direction; one block holds few images."""
+    (stride, taps), rng = kernel, np.random.default_rng(seed)
+    size = stride * taps
+    x = rng.integers(-9, 10, (3, size + h, size + w, 2)).astype(np.float32)
+    w, v = 4 * rng.integers(-9, 10, (2, size, size, 2, 3)).astype(np.float32)
+    with mock.patch.object(cqsnn, "WINOGRAD_BYTES", 2 * 4 * 16 * 3 * x[0].size):
+        z, cache = cqsnn.winograd(x, cqsnn.winograd_kernel(w, stride), pad)
+        assert (z == loop_conv(x, w, stride, pad)).all()
+        dz = rng.integers(-9, 10, z.shape).astype(np.float32)
+        dx, grads = cqsnn.winograd_backward(dz, cache)
+        none, same = cqsnn.winograd_backward(dz, cache, input_gradient=False)
+    dw = cqsnn.winograd_kernel_backward(grads["w"], stride)
+    direct = cqsnn.conv_backward(dz, (x, w, stride, pad))
+    assert (dx == direct[0]).all() and (dw == direct[1]["w"]).all()
+    assert (dz * loop_conv(x, v, stride, pad)).sum() == (dw * v).sum()
+    assert none is None and (same["w"] == grads["w"]).all()
+
+
+@given(st.sampled_from([(1, 2), (1, 3), (2, 2)]), st.integers(1, 255), st.integers(0, 2**32))
+def test_winograd_bound_holds_every_sum_of_the_worst_images(kernel, largest, seed):
+    """Each image makes one product of a tile as large as it can be, by the signs of B' and u."""
+    (stride, taps), rng = kernel, np.random.default_rng(seed)
+    w = rng.integers(-9, 10, (stride * taps, stride * taps, 2, 3)).astype(np.float64)
+    u, tiles = cqsnn.winograd_kernel(4 * w, stride).u, cqsnn.Tiles(taps, stride, 0, 1, 1)
+    bound, sums = cqsnn.winograd_bound(u, largest), [0]
+    for i, j, o in np.ndindex(*u.shape[:2], 3):
+        one = np.zeros((taps + 1, taps + 1, 1, 1, 1, u.shape[2]))
+        one[i, j] = u[i, j, :, o]
+        side = (taps + 1) * stride
+        slope = cqsnn.winograd_inputs_backward(one, tiles, (1, side, side, 2))
+        for image in (slope > 0, slope < 0):
+            v = cqsnn.winograd_inputs(image * largest, tiles, np.float64)
+            m = (v.reshape(*v.shape[:2], 1, -1) @ u).reshape(*v.shape[:-1], -1)
+            z = np.zeros((1, 2, 2, 3))
+            cqsnn.winograd_outputs(m, z)
+            sums += [abs(v).max(), abs(m).max(), abs(z).max()]
+    assert max(sums) <= bound and (bound <= 10 * max(sums) or not w.any())
+
+
+def test_winograd_is_taken_where_it_pays_and_nowhere_else():
+    """Wide kernels of 2 or 3 times the stride, on tiles enough; never on a small layer."""
+
+    def taken(layer, channels, *shape):
+        w = np.zeros((layer.size, layer.size, channels, layer.channels))
+        return cqsnn.takes_winograd(layer, w, (*shape, channels))
+
+    assert taken(cqsnn.Conv(128), 128, 8, 8, 8) and taken(cqsnn.Conv(128, 4, 2), 32, 8, 16, 16)
+    assert not taken(cqsnn.Conv(128), 64, 8, 8, 8) and not taken(cqsnn.Conv(64), 128, 8, 8, 8)
+    assert not taken(cqsnn.Conv(128), 128, 2, 8, 8)
+    assert not taken(cqsnn.Conv(128, 5), 128, 8, 8, 8)
+    assert not taken(cqsnn.Conv(128, 3, 2), 128, 8, 16, 16)
 
 
 @given(st.integers(1, 300))
@@ -216,13 +275,15 @@ NET = (
     *(cqsnn.Dense(5), cqsnn.Dense()),
 )
 MEAN_NET = cqsnn.network("3C3-A-4C2p0-GFC")
+STRIDES = cqsnn.network("3C4s2-4C3-FC")
 
 
-@pytest.mark.parametrize("net", [NET, MEAN_NET, cqsnn.with_dropout(NET, 0.3)])
+@pytest.mark.parametrize("net", [NET, MEAN_NET, cqsnn.with_dropout(NET, 0.3), STRIDES])
+@pytest.mark.parametrize("winograd", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "clamp"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("n", [1, 7, 17])
-def test_law_1_gradient_of_a_whole_network(net, activation, training, n):
+def test_law_1_gradient_of_a_whole_network(net, winograd, activation, training, n):
     rng = np.random.default_rng([n, training])
     params, x = random_params(net, (9, 8, 2), rng), rng.uniform(size=(n, 9, 8, 2))
     dlogits = rng.normal(size=(n, 4))
@@ -232,8 +293,9 @@ def test_law_1_gradient_of_a_whole_network(net, activation, training, n):
         how = np.random.default_rng(1) if training else None
         return cqsnn.forward(net, trial, x, activation, rng=how)
 
-    _, tape = run()
-    grads = cqsnn.backward(net, params, tape, dlogits)
+    with winograd_at_any_size(winograd):
+        _, tape = run()
+        grads = cqsnn.backward(net, params, tape, dlogits)
     assert set(grads) == {k for k in params if not k.endswith((".mean", ".var"))}
     for key, gradient in grads.items():
         assert_gradient(lambda: (run()[0] * dlogits).sum(), params[key], gradient, rng, 2)
@@ -258,7 +320,7 @@ def loop_network(net, params, x, passed):
     return x
 
 
-@pytest.mark.parametrize("net", [NET, MEAN_NET])
+@pytest.mark.parametrize("net", [NET, MEAN_NET, STRIDES])
 @pytest.mark.parametrize(("levels", "shift"), [(3, 0), (4, 0.5)])
 def test_law_1_straight_through_gradients_are_those_with_rounding_held_still(net, levels, shift):
     """Straight through the floor: the gradient of the network that adds to each clamp(u) what
@@ -304,15 +366,19 @@ def test_dropout_is_of_convolutions_in_training_and_another_draw_for_each_shard(
             assert (first != second).any() and set(first.ravel()) == {0, 2}
 
 
-def test_law_1_straight_through_gradients_are_those_of_activations_not_of_levels():
+@pytest.mark.parametrize("net", [NET, STRIDES])
+@pytest.mark.parametrize("winograd", [False, True])
+def test_law_1_straight_through_gradients_are_those_of_activations_not_of_levels(net, winograd):
     """With many levels the CQ network is the clamp network but for 1 / L: so are gradients."""
     rng = np.random.default_rng(0)
-    params, x = random_params(NET, (9, 8, 2), rng), rng.uniform(size=(17, 9, 8, 2))
+    params, x = random_params(net, (9, 8, 2), rng), rng.uniform(size=(17, 9, 8, 2))
     dlogits = rng.normal(size=(17, 4))
-    _, clamped = cqsnn.forward(NET, params, x, "clamp")
-    _, levels = cqsnn.forward(NET, params, x, "quantize", levels=10**9, shift=0.5)
-    expected = cqsnn.backward(NET, params, clamped, dlogits)
-    for key, gradient in cqsnn.backward(NET, params, levels, dlogits).items():
+    _, clamped = cqsnn.forward(net, params, x, "clamp")
+    expected = cqsnn.backward(net, params, clamped, dlogits)
+    with winograd_at_any_size(winograd):
+        _, levels = cqsnn.forward(net, params, x, "quantize", levels=10**9, shift=0.5)
+        found = cqsnn.backward(net, params, levels, dlogits)
+    for key, gradient in found.items():
         # activations differ by 1e-9, through six layers
         np.testing.assert_allclose(gradient, expected[key], rtol=1e-5, atol=1e-6)
 

@@ -9,6 +9,7 @@ import pytest
 import spiking_oracles as oracle
 from hypothesis import example, given
 from hypothesis import strategies as st
+from oracles import winograd_at_any_size
 
 import cqsnn
 
@@ -61,7 +62,8 @@ def population(currents, v0, theta, delay, chunk=3):
         *("dense", 1, 1, 0, True, np.eye(n, dtype=np.int32), np.zeros(n, np.int32)),
         *(np.int32(theta), np.int32(v0)),
     )
-    sums = cqsnn.Sums(layer, np, np.float64, np.int64)
+    snn = cqsnn.SpikingNetwork(steps, (n,), n, 8, 1, "spikes", (layer,))
+    sums = cqsnn.Sums(snn, 0, np, int(abs(currents).max()) * steps, steps, 1, np.int64)
     below = Wires(currents[:, None])
     return cqsnn.Population((1, n), sums, sums, below, steps, delay, chunk, False)
 
@@ -114,8 +116,10 @@ def test_law_6_counts_are_exact_if_and_only_if(theta, currents, data):
 def test_law_7_synchronous_equals_the_integer_cnn_and_a_loop_over_integers(data):
     snn = data.draw(oracle.networks())
     k0 = oracle.images(data.draw, snn)
-    reference = cqsnn.integer_forward(snn, k0)
-    run = cqsnn.simulate(snn, k0, "synchronous")
+    with winograd_at_any_size(data.draw(st.booleans())):
+        reference = cqsnn.integer_forward(snn, k0)
+    with winograd_at_any_size(data.draw(st.booleans())):
+        run = cqsnn.simulate(snn, k0, "synchronous")
     assert (run.logits == reference.logits).all()
     assert all((a == b).all() for a, b in zip(run.counts, reference.counts, strict=True))
     counts, logits = oracle.integer_network(snn, k0[0])
@@ -128,7 +132,8 @@ def test_law_8_every_schedule_equals_a_loop_over_single_neurons(data):
     snn = data.draw(oracle.networks())
     k0 = oracle.images(data.draw, snn, most=2)
     delay = data.draw(st.integers(0, snn.steps))
-    run = cqsnn.simulate(snn, k0, str(delay), record=True)
+    with winograd_at_any_size(data.draw(st.booleans())):
+        run = cqsnn.simulate(snn, k0, str(delay), record=True)
     for image in range(len(k0)):
         spikes, logits = oracle.spiking_network(snn, k0[image], delay)
         assert len(spikes) == len(run.spikes)
@@ -237,7 +242,7 @@ def test_law_11_the_input_that_reaches_the_bound_is_exact(weight):
     assert step == max(64 * weight - 1 + 5, 64 * weight + 1 + 5) + 3
     assert whole == steps * (step - 3) + 3
     k0 = np.full((1, 8, 8, 1), steps)
-    sums = cqsnn.Sums(hidden, np, cqsnn.exact_dtype(whole), cqsnn.integer_dtype(whole))
+    sums = cqsnn.Sums(snn, 0, np, steps, steps, 1)
     charge = steps * (64 * weight - 1 + 5)
     assert sums(k0, steps).tolist() == [[charge, -steps * (64 * weight + 1 + 5)]]
     last_only = replace(snn, layers=(replace(hidden, fires=False),))
