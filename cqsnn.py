@@ -199,23 +199,43 @@ def conv(x, w, stride, pad):
 
 
 def conv_backward(dz, cache, input_gradient=True):
-    """dw = cols' dz;  dx adds each column of dz w' back to the pixel it came from.
+    """dw = cols' dz;  dx[n,y,x,c] = sum of dz[n,i,j,o] w[k,l,c,o] where i*stride+k-pad = y, and l
+    likewise: a convolution of stride 1 again, of dz with the kernel turned about, which gives
+    every phase of the image as channels (see `phase_taps`).
     Returns dx (None unless input_gradient), {"w": dw}."""
     x, w, stride, pad = cache
-    xp, size, channels, outputs = array_module(x), len(w), w.shape[2], w.shape[3]
-    n, height, width, _ = x.shape
-    matrix = w.reshape(-1, outputs).T  # (O, K*K*C): BLAS reads it turned, a copy costs 8 % a step
-    dw = xp.zeros((matrix.shape[1], outputs), w.dtype)
-    dx = xp.zeros((n, height + 2 * pad, width + 2 * pad, channels), w.dtype)
-    for images, rows in column_blocks(x, size, stride, pad, w.dtype):
-        drows = dz[images].reshape(-1, outputs)
-        dw += rows.T @ drows
-        if input_gradient:
-            dcols = (drows @ matrix).reshape(*dz[images].shape[:3], size, size, channels)
-            for k, m, pixels in shifted(dx[images], size, stride):
-                pixels += dcols[:, :, :, k, m]
-    dx = dx[:, pad : pad + height, pad : pad + width] if input_gradient else None
-    return dx, {"w": dw.reshape(w.shape)}
+    dw = array_module(x).zeros((w[..., 0].size, w.shape[3]), w.dtype)
+    for images, rows in column_blocks(x, len(w), stride, pad, w.dtype):
+        dw += rows.T @ dz[images].reshape(-1, w.shape[3])
+    grads = {"w": dw.reshape(w.shape)}
+    if not input_gradient:
+        return None, grads
+    taps = phase_taps(w, stride)
+    r, beyond = len(taps), min(len(taps) - 1, pad) if stride == 1 else 0  # border nobody asks for
+    turned = taps[::-1, ::-1].swapaxes(2, 3)
+    phases = conv(dz, array_module(x).ascontiguousarray(turned), 1, r - 1 - beyond)[0]
+    n, rows, columns, _ = phases.shape
+    phases = phases.reshape(n, rows, columns, stride, stride, -1).swapaxes(2, 3)
+    wide = phases.reshape(n, rows * stride, columns * stride, -1)
+    reached = wide[:, pad - beyond :, pad - beyond :]
+    reached = reached[:, : x.shape[1], : x.shape[2]]
+    if reached.shape == x.shape:
+        return reached, grads
+    dx = array_module(x).zeros(x.shape, w.dtype)  # the stride passes over the last rows or columns
+    dx[:, : reached.shape[1], : reached.shape[2]] = reached
+    return dx, grads
+
+
+def phase_taps(w, stride):
+    """Return weights w (K, K, C, O) as taps (r, r, S*S*C, O) of stride 1 on the S x S phases of an
+    image: w[S p + a, S q + b] is tap p, q of phase a, b. Zeros fill K up to r S."""
+    size, channels, outputs = len(w), w.shape[2], w.shape[3]
+    rest = -size % stride
+    if rest:
+        w = array_module(w).pad(w, ((0, rest), (0, rest), (0, 0), (0, 0)))
+    r = len(w) // stride
+    phases = w.reshape(r, stride, r, stride, channels, outputs).swapaxes(1, 2)
+    return phases.reshape(r, r, stride**2 * channels, outputs)
 
 
 # Winograd's way to two outputs of a kernel of r taps with r + 1 products instead of 2 r:
@@ -255,13 +275,11 @@ def takes_winograd(layer, w, shape):
 
 
 def winograd_kernel(w, stride):
-    """u = G w G', for the taps of each phase: w[S p + a, S q + b] is tap p, q of phase a, b."""
-    size, channels, outputs = len(w), w.shape[2], w.shape[3]
-    r = size // stride
-    g = np.array(WINOGRAD[r][2], w.dtype)
-    taps = w.reshape(r, stride, r, stride, channels, outputs).swapaxes(1, 2).reshape(r, r, -1)
-    u = g @ np.tensordot(g, taps, 1)
-    return WinogradKernel(u.reshape(r + 1, r + 1, stride**2 * channels, outputs), stride)
+    """u = G w G', for the taps that each phase meets."""
+    taps = phase_taps(w, stride)
+    r, g = len(taps), np.array(WINOGRAD[len(taps)][2], w.dtype)
+    u = g @ np.tensordot(g, taps.reshape(r, r, -1), 1)
+    return WinogradKernel(u.reshape(r + 1, r + 1, *taps.shape[2:]), stride)
 
 
 def winograd_kernel_backward(du, stride):
