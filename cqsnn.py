@@ -507,30 +507,95 @@ def dense_backward(dz, cache):
     return (dz @ w.T).reshape(x.shape), {"w": x.reshape(len(x), -1).T @ dz}
 
 
+CACHED = 2**18  # values of a block that several passes go over; threads take turns at smaller ones
+
+
+def cached_blocks(shape):
+    """Yield indexes of blocks of an array (N, ..., C), small enough for a cache: of whole images,
+    or of some rows of one. They depend on the shape alone."""
+    rows = shape[1] if len(shape) > 2 else 1
+    images = max(1, CACHED // math.prod(shape[1:]))
+    rows = rows if images > 1 else max(1, CACHED * rows // math.prod(shape[1:]))
+    for start in range(0, shape[0], images):
+        for top in range(0, shape[1], rows) if len(shape) > 2 else [None]:
+            index = slice(start, start + images)
+            yield index if top is None else (index, slice(top, top + rows))
+
+
+def column_sums(x):
+    """Sum x (N, ..., C) over all but its channels, in its own type over an image or what a cache
+    holds of several, then in float64. A product with ones is five times faster than a sum."""
+    xp = array_module(x)
+    rows = x.reshape(1 if xp is np else len(x), -1, x.shape[-1])
+    return (xp.ones(rows.shape[1], x.dtype) @ rows).sum(0, dtype=np.float64)
+
+
 def moments(z):
-    """Return the number of rows of a shard z (..., C), their mean and summed squared deviation.
-    Two passes in the type of z, closed in float64: nothing cancels for a large mean."""
-    xp = array_module(z)
-    rows = z.reshape(len(z), -1, z.shape[-1])
-    ones = xp.ones(rows.shape[1], z.dtype)  # a sum as a product is five times faster
-    count = rows.shape[0] * rows.shape[1]
-    mean = (ones @ rows).sum(0, dtype=np.float64) / count
-    deviation = rows - mean.astype(z.dtype)
-    xp.square(deviation, out=deviation)
-    return count, mean, (ones @ deviation).sum(0, dtype=np.float64)
+    """Return, for each block of a shard z (..., C), its number of rows, their mean and summed
+    squared deviation from it. Both are taken about a mean m rounded to the type of z, so that
+    nothing cancels where it is large: with d = z - m, sum d^2 - (sum d)^2 / count."""
+    found = []
+    for index in cached_blocks(z.shape) if array_module(z) is np else [slice(None)]:
+        part = z[index]
+        count = part.size // part.shape[-1]
+        about = (column_sums(part) / count).astype(z.dtype)
+        deviation = part - about
+        off = column_sums(deviation) / count
+        deviation *= deviation
+        found.append((count, about + off, column_sums(deviation) - count * off**2))
+    return found
 
 
 def batch_moments(zs, threads=None):
     """Return count, mean and variance (population) of all shards together, in shard order."""
-    counts, means, spreads = zip(*over_shards(moments, zs, threads=threads))
+    counts, means, spreads = zip(*itertools.chain(*over_shards(moments, zs, threads=threads)))
     count = sum(counts)
     mean = sum_over_shards([n * m for n, m in zip(counts, means)]) / count
     offsets = (n * (m - mean) ** 2 for n, m in zip(counts, means))
     return count, mean, sum_over_shards([*spreads, *offsets]) / count
 
 
-def batch_norm(zs, gamma, beta, mean, var, training, threads=None, momentum=0.1):
-    """u = gamma (z - mean) / sqrt(var + eps) + beta, for all shards of a batch.
+ACTIVATIONS = ("relu", "clamp", "quantize")  # in the order of the stages
+
+
+def activate(z, activation, levels=None, shift=0.0, norm=None):
+    """The activation a of u, and where it lets gradients pass (bool, the shape of u).
+    "relu"      a = max(u, 0)
+    "clamp"     a = clamp(u, 0, 1)
+    "quantize"  the whole level k = L a = floor(L clamp(u, 0, 1) + shift)   (Algorithm 1)
+    The paper's CQ has shift 0; 1/2 rounds without bias (QCFS). L and shift are of "quantize".
+    u is z, or (z - mean) scale + beta where norm is (mean, scale, beta), each (C,)."""
+    xp = array_module(z)
+    a, inside = xp.empty(z.shape, z.dtype), xp.empty(z.shape, bool)
+    for index in cached_blocks(z.shape):  # every pass over a block finds it in the cache
+        u, passes = a[index], inside[index]
+        if norm is None:
+            u[...] = z[index]
+        else:
+            mean, scale, beta = norm
+            xp.subtract(z[index], mean, out=u)  # first, or a large mean would cancel
+            u *= scale
+            u += beta
+        xp.greater(u, 0, out=passes)
+        if activation != "relu":
+            passes &= u < 1
+        xp.clip(u, 0, None if activation == "relu" else 1, out=u)
+        if activation == "quantize":
+            u *= levels
+            u += shift
+            xp.floor(u, out=u)
+    return a, inside
+
+
+def activate_backward(da, inside):
+    """du = da where 0 < u (and u < 1 unless relu), else 0: straight through the floor. In place."""
+    da *= inside
+    return da, {}
+
+
+def batch_norm(zs, gamma, beta, mean, var, training, how, threads=None, momentum=0.1):
+    """The activation (`activate`, which takes `how`) of u = gamma (z - mean) / sqrt(var + eps) +
+    beta, for all shards of a batch.
     The one layer in which images meet, so it takes the list of shards. Training uses the
     batch's own mean and variance and moves the running ones in place by the momentum, the
     variance unbiased (as PyTorch does); otherwise the running ones are used."""
@@ -543,71 +608,48 @@ def batch_norm(zs, gamma, beta, mean, var, training, threads=None, momentum=0.1)
     dtype = zs[0].dtype
     mean = mean.astype(dtype)  # a copy: backward must not see the running mean move
     inverse = (1 / array_module(var).sqrt(var + BATCH_NORM_EPS)).astype(dtype)
-    scale = gamma * inverse
-
-    def normalise(z):
-        u = z - mean  # first, or a large mean would cancel
-        u *= scale
-        u += beta
-        return u
-
-    return over_shards(normalise, zs, threads=threads), (zs, mean, inverse, gamma, training)
+    norm = mean, gamma * inverse, beta
+    outputs, inside = zip(*over_shards(lambda z: activate(z, *how, norm), zs, threads=threads))
+    return outputs, (zs, mean, inverse, gamma, inside, training)
 
 
-def batch_norm_backward(dus, cache, threads=None):
-    """With x = (z - mean) / sqrt(var + eps): dbeta = sum du, dgamma = sum du x, and
-    dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without the last two
-    terms where the running mean and variance were used. du is overwritten: in place."""
-    zs, mean, inverse, gamma, training = cache
-    xp = array_module(mean)
+def _norm_sums(z, da, inside, mean):
+    """Turn da into du, in place; return [sum du, sum du (z - mean)] over all but channels."""
+    sums = 0
+    for index in cached_blocks(z.shape):
+        du, x = da[index], z[index] - mean
+        du *= inside[index]
+        x *= du
+        sums = sums + np.stack([column_sums(du), column_sums(x)])
+    return sums
 
-    def sums(z, du):
-        rows, drows = (a.reshape(len(a), -1, a.shape[-1]) for a in (z, du))
-        ones = xp.ones(rows.shape[1], z.dtype)
-        x = (rows - mean) * inverse
-        x *= drows
-        return xp.stack([(ones @ a).sum(0, dtype=np.float64) for a in (drows, x)])
 
-    dbeta, dgamma = sum_over_shards(over_shards(sums, zs, dus, threads=threads))
+def _norm_input_gradient(z, du, mean, scale, level, slope):
+    """dz = scale (du - level - slope (z - mean)), in place of du."""
+    for index in cached_blocks(z.shape):
+        part, x = du[index], z[index] - mean
+        x *= slope
+        x += level
+        part -= x
+        part *= scale
+    return du
+
+
+def batch_norm_backward(das, cache, threads=None):
+    """With x = (z - mean) / sqrt(var + eps) and du of `activate_backward`: dbeta = sum du,
+    dgamma = sum du x, and dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without
+    the last two terms where the running mean and variance were used. In place of da."""
+    zs, mean, inverse, gamma, inside, training = cache
+    sums = over_shards(lambda *a: _norm_sums(*a, mean), zs, das, inside, threads=threads)
+    dbeta, dgamma = sum_over_shards(sums)
+    dgamma = dgamma * inverse
     count = sum(z.size // z.shape[-1] for z in zs)
-    slope = (dgamma / count).astype(mean.dtype) * inverse
-    level = (dbeta / count).astype(mean.dtype)
-
-    def input_gradient(z, du):
-        if training:
-            du -= (z - mean) * slope + level
-        du *= gamma * inverse
-        return du
-
-    grads = {"gamma": dgamma.astype(gamma.dtype), "beta": dbeta.astype(gamma.dtype)}
-    return over_shards(input_gradient, zs, dus, threads=threads), grads
-
-
-ACTIVATIONS = ("relu", "clamp", "quantize")  # in the order of the stages
-
-
-def activate(u, activation, levels=None, shift=0.0):
-    """The activation a of u, and where it lets gradients pass (bool, the shape of u).
-    "relu"      a = max(u, 0)
-    "clamp"     a = clamp(u, 0, 1)
-    "quantize"  the whole level k = L a = floor(L clamp(u, 0, 1) + shift)   (Algorithm 1)
-    The paper's CQ has shift 0; 1/2 rounds without bias (QCFS). L and shift are of "quantize"."""
-    xp = array_module(u)
-    if activation == "relu":
-        return xp.maximum(u, 0), u > 0
-    inside = (u > 0) & (u < 1)
-    a = xp.clip(u, 0, 1)
-    if activation == "quantize":
-        a *= levels
-        a += shift
-        xp.floor(a, out=a)
-    return a, inside
-
-
-def activate_backward(da, inside):
-    """du = da where 0 < u (and u < 1 unless relu), else 0: straight through the floor. In place."""
-    da *= inside
-    return da, {}
+    level, slope = ((g / count).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
+    if not training:
+        level, slope = 0 * level, 0 * slope
+    how = mean, gamma * inverse, level, slope
+    dzs = over_shards(lambda z, du: _norm_input_gradient(z, du, *how), zs, das, threads=threads)
+    return dzs, {"gamma": dgamma.astype(gamma.dtype), "beta": dbeta.astype(gamma.dtype)}
 
 
 def dropout(a, rate, seed):
@@ -812,7 +854,7 @@ class LayerTape(NamedTuple):
     unit: float  # the inputs are activations times this: 1, or the levels L
     sums: list  # caches of `linear`
     norm: tuple | None  # cache of `batch_norm`
-    inside: list | None  # where `activate` lets gradients pass; None: everywhere
+    inside: list | None  # where `activate` lets gradients pass; None: everywhere, or in norm
     kept: list | None  # caches of `dropout`
     outputs: list  # what the layer passed on: activations, or levels while quantised
 
@@ -828,17 +870,18 @@ def forward(
     if (activation == "quantize") != (levels is not None):
         raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
     xs, unit, tape = [x[part] for part in shards(len(x))], 1, []
+    how = (activation, levels, shift)
     over = functools.partial(over_shards, threads=threads)
     for i, layer in enumerate(net):
         norm = inside = kept = None
         p = {name: params.get(f"{i}.{name}") for name in ("w", "b", "gamma", "beta", "mean", "var")}
         xs, sums = _forward_linear(layer, p, xs, unit, over)
         if layer.norm:
-            xs, norm = batch_norm(xs, *list(p.values())[2:], rng is not None, threads, momentum)
-        if layer.kind == "pool" and activation == "quantize":
+            stats = list(p.values())[2:]
+            xs, norm = batch_norm(xs, *stats, rng is not None, how, threads, momentum)
+        elif layer.kind == "pool" and activation == "quantize":
             xs = over(lambda u: array_module(u).floor(u * (levels / unit) + shift), xs)
         elif layer.kind != "pool" and i < len(net) - 1:
-            how = (activation, levels, shift)
             xs, inside = zip(*over(lambda u: activate(u, *how), xs))
         if rng is not None and layer.kind == "conv" and layer.dropout:
             seeds = [int(seed) for seed in rng.integers(2**63, size=len(xs))]

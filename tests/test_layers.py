@@ -145,18 +145,23 @@ def test_law_1_gradients_of_weighted_sums(shape):
             assert_gradient(lambda f=f, dz=dz: (f()[0] * dz).sum(), weights, grads["w"], rng)
 
 
+RELU = ("relu", None, 0.0)  # with a large beta it passes everything: batch norm alone
+
+
 @given(st.integers(2, 30), st.booleans(), st.integers(0, 2**32))
 def test_law_1_gradient_of_batch_norm_over_shards(n, training, seed):
     rng = np.random.default_rng(seed)
     parts = cqsnn.shards(n)
     z, dz = rng.normal(2, 3, (2, n, 2, 3, 4))
     gamma, beta, mean, var = rng.uniform(0.5, 2, (4, 4))
+    beta += 64
 
     def run():
         running = mean.copy(), var.copy()
-        return cqsnn.batch_norm([z[p] for p in parts], gamma, beta, *running, training)
+        return cqsnn.batch_norm([z[p] for p in parts], gamma, beta, *running, training, RELU)
 
     us, cache = run()
+    assert all((u > 0).all() for u in us)
     dxs, grads = cqsnn.batch_norm_backward([dz[p].copy() for p in parts], cache)
     if training:
         u = np.concatenate(us).reshape(-1, 4)
@@ -166,7 +171,7 @@ def test_law_1_gradient_of_batch_norm_over_shards(n, training, seed):
         (gamma, grads["gamma"]),
         (beta, grads["beta"]),
     ):
-        assert_gradient(lambda: (np.concatenate(run()[0]) * dz).sum(), array, gradient, rng)
+        assert_gradient(lambda: ((np.concatenate(run()[0]) - 64) * dz).sum(), array, gradient, rng)
 
 
 def test_running_statistics_move_by_the_momentum_in_place():
@@ -174,7 +179,7 @@ def test_running_statistics_move_by_the_momentum_in_place():
     z = rng.normal(5, 2, (40, 3, 3, 2)).astype(np.float32)
     mean, var = np.zeros(2, np.float32), np.ones(2, np.float32)
     one = np.ones(2, np.float32)
-    cqsnn.batch_norm([z[p] for p in cqsnn.shards(40)], one, 0 * one, mean, var, True)
+    cqsnn.batch_norm([z[p] for p in cqsnn.shards(40)], one, 0 * one, mean, var, True, RELU)
     flat = z.reshape(-1, 2).astype(np.float64)
     # float32 running values: a few units in the last place
     np.testing.assert_allclose(mean, 0.1 * flat.mean(0), rtol=1e-6)
@@ -186,7 +191,7 @@ def test_backward_does_not_see_running_statistics_move_after_its_forward(dtype):
     rng = np.random.default_rng(0)
     z, dz = rng.normal(size=(2, 9, 2, 2, 3)).astype(dtype)
     gamma, beta, mean, var = rng.uniform(0.5, 2, (4, 3)).astype(dtype)
-    _, cache = cqsnn.batch_norm([z], gamma, beta, mean, var, False)
+    _, cache = cqsnn.batch_norm([z], gamma, beta, mean, var, False, RELU)
     (expected,), before = cqsnn.batch_norm_backward([dz.copy()], cache)
     mean += 1
     var += 1
@@ -197,8 +202,51 @@ def test_backward_does_not_see_running_statistics_move_after_its_forward(dtype):
 def test_batch_norm_of_a_channel_without_variance_is_beta():
     z = np.full((9, 2, 2, 1), 1e4, np.float32)
     stats = np.zeros(1, np.float32), np.ones(1, np.float32)
-    (u,), _ = cqsnn.batch_norm([z], np.float32([3]), np.float32([0.25]), *stats, True)
+    (u,), _ = cqsnn.batch_norm([z], np.float32([3]), np.float32([0.25]), *stats, True, RELU)
     assert (u == 0.25).all()
+
+
+NORM_SHAPES = [(9, 3, 5, 4), (3, 40, 7, 2), (70, 6), (2, 4, 4, 1), (1, 1, 9, 3)]
+
+
+@pytest.mark.parametrize("shape", NORM_SHAPES)
+@pytest.mark.parametrize("cached", [1, 60, 200, 2**18])
+def test_blocks_take_every_value_once_and_change_nothing_elementwise(monkeypatch, shape, cached):
+    """Elements are the same bits however large a block is; sums of whole numbers too."""
+    rng = np.random.default_rng(cached)
+    z, da = rng.integers(-9, 10, (2, *shape)).astype(np.float32)
+    norm = rng.integers(-3, 4, (3, shape[-1])).astype(np.float32) / 8
+    whole = cqsnn.activate(z, "quantize", 5, 0.5, norm), cqsnn.moments(z)
+    wide = np.zeros((shape[0], *(n + 2 for n in shape[1:-1]), shape[-1]), np.float32)
+    du = wide[(slice(None), *[slice(1, -1)] * (len(shape) - 2))]  # as conv_backward gives it
+    du[...] = da
+    monkeypatch.setattr(cqsnn, "CACHED", cached)
+    hits = np.zeros(shape)
+    for index in cqsnn.cached_blocks(shape):
+        hits[index] += 1
+    assert (hits == 1).all()
+    a, inside = cqsnn.activate(z, "quantize", 5, 0.5, norm)
+    assert (a == whole[0][0]).all() and (inside == whole[0][1]).all()
+    u = (z - norm[0]) * norm[1] + norm[2]
+    assert (a == np.floor(5 * np.clip(u, 0, 1) + 0.5)).all()
+    assert (inside == ((u > 0) & (u < 1))).all()
+    dbeta, dx = cqsnn._norm_sums(z, du, inside, 2 * norm[0])
+    rows = tuple(range(len(shape) - 1))
+    assert (du == da * inside).all() and (dbeta == du.sum(rows, dtype=float)).all()
+    assert (dx == ((z - 2 * norm[0]) * du).sum(rows, dtype=float)).all()
+    count, mean, variance = cqsnn.batch_moments([z])
+    assert count == z.size // shape[-1]
+    # float32 sums of at most 9,600 values of about 5, whatever the blocks
+    np.testing.assert_allclose(mean, z.mean(rows, dtype=float), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(variance, z.var(rows, dtype=float), rtol=1e-5)
+
+
+def test_variance_beside_a_large_mean_is_not_cancelled():
+    z = np.random.default_rng(0).normal(1e4, 1, (64, 32, 32, 8)).astype(np.float32)
+    _, mean, variance = cqsnn.batch_moments([z[p] for p in cqsnn.shards(64)])
+    np.testing.assert_allclose(mean, z.mean((0, 1, 2), dtype=float), rtol=1e-9)
+    # float32 sums of 32,768 squares of about 1
+    np.testing.assert_allclose(variance, z.var((0, 1, 2), dtype=float), rtol=1e-5)
 
 
 @given(st.sampled_from([1, 2, 16, 29, 57, 100, 255]), st.sampled_from([0, 0.5]), st.integers(0, 99))

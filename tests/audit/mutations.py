@@ -63,8 +63,8 @@ MUTATIONS = {
         SIMULATION,
     ),
     "straight-through gradient outside the clamp": (
-        "inside = (u > 0) & (u < 1)",
-        "inside = (u > 0) & (u < 2)",
+        "passes &= u < 1",
+        "passes &= u < 2",
         "tests/test_layers.py",
     ),
     "floor, not round, the weights": (
