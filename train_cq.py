@@ -937,6 +937,7 @@ def explain(args, snn, test):
 def main(command=None):
     """Run the command line; return its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
     args, command = None, sys.argv[1:] if command is None else command
+    cqsnn.keep_freed_memory()
     warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
     # training says itself, in one line, where a loss ceased to be finite
     warnings.filterwarnings("ignore", "(overflow|invalid value|divide by zero) enc", RuntimeWarning)
