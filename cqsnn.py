@@ -1421,27 +1421,31 @@ def integer_forward(snn, k0, threads=None):
 
 class Sums:
     """The weights of layer i and its bias, in types that hold its sums exactly: of inputs up to
-    `largest`, with `steps` times the bias. `images` is how many are worked at once."""
+    `largest`, with `steps` times the bias. `images` is how many are worked at once.
+    Where all weights hold the factor F, sums of products are whole multiples of it: a float holds
+    them as well as it holds their quotients by F."""
 
     def __init__(self, snn, i, xp, largest, steps, images, integer=None):
         layer = self.layer = snn.layers[i]
-        bound = largest_sum(layer, largest, steps)
-        carrier, self.integer = exact_dtype(bound), integer or integer_dtype(bound)
+        self.integer = integer or integer_dtype(largest_sum(layer, largest, steps))
         self.b = xp.asarray(0 if layer.b is None else layer.b, self.integer)
-        self.scale, shape = None, (images, *snn.shapes[i])
-        self.w = xp.ones((), carrier) if layer.w is None else xp.asarray(layer.w, carrier)
-        if layer.w is not None and takes_winograd(layer, self.w, shape):
-            unit = 1 if (layer.w % snn.unit).any() else snn.unit  # smaller numbers, more room
-            kernel = winograd_kernel(self.w * carrier(4 / unit), layer.stride)  # whole: see there
-            if winograd_bound(kernel.u, largest) < 2**24:
-                self.w, self.scale = kernel, carrier(unit / 4)
+        self.w = xp.ones((), exact_dtype(largest_sum(layer, largest, 0)))
+        if layer.w is None:
+            return
+        unit = 1 if (layer.w % snn.unit).any() else snn.unit
+        self.w = xp.asarray(layer.w, exact_dtype(largest_sum(layer, largest, 0) // unit))
+        if takes_winograd(layer, self.w, (images, *snn.shapes[i])):
+            kernel = winograd_kernel(self.w.astype(np.float32), layer.stride)  # of F / 4 at least
+            if winograd_bound(kernel.u, largest) * 4 / unit < 2**24:
+                self.w = kernel
+
+    def products(self, x):
+        """Return w . x, whole numbers carried by floats, for x (N, ...)."""
+        return linear(self.layer, x, self.w)[0]
 
     def __call__(self, x, steps):
-        """Return w . x + b * steps as integers, for x (N, ...)."""
-        current = linear(self.layer, x, self.w)[0]
-        if self.scale is not None:
-            current *= self.scale
-        current = current.astype(self.integer)
+        """Return w . x + b * steps as integers."""
+        current = self.products(x).astype(self.integer)
         current += self.b * self.integer(steps)
         return current
 
@@ -1496,6 +1500,7 @@ class Population:
         self.sums, self.below, self.chunk = sums, below, chunk
         self.theta = xp.asarray(sums.layer.theta, sums.integer)
         self.v = xp.zeros(shape, sums.integer) + xp.asarray(sums.layer.v0, sums.integer)
+        self.b = xp.zeros(shape[-2:], sums.integer) + sums.b  # (W, O): long rows add faster
         if delay:
             self.v += first_sums(below.counts(delay), delay)
         self.inputs_left = steps - delay
@@ -1509,8 +1514,8 @@ class Population:
         fed = min(m, self.inputs_left)
         if fed:
             x = self.below.spikes(fed)
-            currents = self.sums(x.reshape(-1, *x.shape[2:]), 1)
-            self.fire(currents.reshape(fed, *self.v.shape), spikes)
+            products = self.sums.products(x.reshape(-1, *x.shape[2:]))
+            self.fire(products.reshape(fed, *self.v.shape), spikes)
             self.inputs_left -= fed
             self.total += spikes[:fed].sum(0, dtype=np.int32)
         if m > fed:
@@ -1529,12 +1534,16 @@ class Population:
             counts += self.spikes(min(self.chunk, one_by_one - start)).sum(0, dtype=np.int32)
         return counts + self.discharge(m - one_by_one) if m > one_by_one else counts
 
-    def fire(self, currents, spikes):
-        """v += I; where v >= theta a spike, and v -= theta. In place on v and spikes."""
-        for current, spike in zip(currents, spikes):
-            self.v += current
-            self.xp.greater_equal(self.v, self.theta, out=spike.view(bool))
-            self.v -= self.theta * spike
+    def fire(self, products, spikes):
+        """v += w . s + b; where v >= theta a spike, and v -= theta. In place on v and spikes."""
+        xp, change = self.xp, self.xp.empty_like(self.v)
+        for product, spike in zip(products, spikes):
+            change[...] = product  # a whole number, now in the integer type
+            change += self.b
+            self.v += change
+            xp.greater_equal(self.v, self.theta, out=spike.view(bool))
+            xp.multiply(spike, self.theta, out=change)
+            self.v -= change
 
     def discharge(self, m):
         """Fire m steps without input, in closed form; return the counts."""
@@ -1571,7 +1580,9 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     delay = delay_of(schedule, snn.steps)
     xp = array_module(k0)
     largest = 4 * max(math.prod(shape) for shape in snn.shapes)  # bytes of a step, an image
-    batch = batch or max(1, min(64, BLOCK_BYTES // largest))
+    most = max(1, min(64, BLOCK_BYTES // largest))
+    together = (threads or CORES) * -(-len(k0) // (most * (threads or CORES)))  # blocks: no idle core
+    batch = batch or -(-len(k0) // together)
     chunk = chunk or max(1, min(snn.steps, CHUNK_BYTES // (largest * batch)))
     sums = []
     for i, layer in enumerate(snn.layers):
@@ -1689,7 +1700,7 @@ def predicted(snn, images):
     return images if snn.encoding == "direct" else encode(images, snn.steps)
 
 
-def evaluate(snn, images, labels, schedules, *, batch=100, progress=lambda n: None, threads=None):
+def evaluate(snn, images, labels, schedules, *, batch=250, progress=lambda n: None, threads=None):
     """Classify images (N, H, W, C) uint8 with the integer CNN and the SNN of each schedule.
     Returns integer_accuracy and, for each schedule: accuracy, curve (accuracy after t = 1 to T
     of the last layer's steps), wrong_counts (fraction of each firing layer's neurons whose
