@@ -100,16 +100,27 @@ def keep_freed_memory():
             mallopt(parameter, value)
 
 
+def one_blas_thread(f):
+    """Let BLAS keep to one thread while f runs. Its own splitting would change the bits, and its
+    threads, which go on spinning when their work is over, would take the cores from ours."""
+
+    @functools.wraps(f)
+    def alone(*arguments, **named):
+        with _blas().limit(limits=1, user_api="blas"):
+            return f(*arguments, **named)
+
+    return alone
+
+
+@one_blas_thread
 def over_shards(f, *lists, threads=None):
     """Return [f(*items) for items in zip(*lists)], several at once on a CPU.
-    NumPy and BLAS let go of the interpreter lock, so plain threads share the work. BLAS keeps
-    to one thread for each of ours: its own splitting would change the bits."""
+    NumPy and BLAS let go of the interpreter lock, so plain threads share the work."""
     items = list(zip(*lists))
     threads = threads or CORES
-    with _blas().limit(limits=1, user_api="blas"):
-        if threads == 1 or len(items) == 1 or array_module(lists[0][0]) is not np:
-            return [f(*item) for item in items]
-        return list(_workers(threads).map(lambda item: f(*item), items))
+    if threads == 1 or len(items) == 1 or array_module(lists[0][0]) is not np:
+        return [f(*item) for item in items]
+    return list(_workers(threads).map(lambda item: f(*item), items))
 
 
 def sum_over_shards(parts):
@@ -808,6 +819,7 @@ def init_params(net, shape, classes, rng):
     return params
 
 
+@one_blas_thread
 def whiten(net, params, x):
     """Let a first convolution start as what decorrelates its K x K patches of images x (N, H, W, C)
     in [0, 1]: the eigenvectors of their covariance, largest eigenvalue first, each divided by the
@@ -870,6 +882,7 @@ class LayerTape(NamedTuple):
     outputs: list  # what the layer passed on: activations, or levels while quantised
 
 
+@one_blas_thread
 def forward(
     net, params, x, activation="clamp", levels=None, shift=0.0, rng=None, threads=None, momentum=0.1
 ):
@@ -915,6 +928,7 @@ def _forward_linear(layer, p, xs, unit, over):
     return zs if layer.norm else over(lambda z: z + p["b"], zs), caches
 
 
+@one_blas_thread
 def backward(net, params, tape, dlogits, threads=None):
     """Return the gradients of the loss by all trained parameters, from dlogits (N, classes)."""
     grads = {}
@@ -967,20 +981,24 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al., 2024
 NORM_RATE, DENSE_RATE, DENSE_DECAY = 0.23, 1.15, 1e-3  # beside Muon's own rate
 
 
-def adam(params, grads, state, rate, beta1=0.9, beta2=0.999, eps=1e-8):
+def adam(params, grads, state, rate, threads=None, beta1=0.9, beta2=0.999, eps=1e-8):
     """One step of Adam (Kingma and Ba, 2015), the paper's optimiser; params, state in place.
     state is {} at first; it gets the step number and both moments, "m.i.name", "v.i.name"."""
     step = state.setdefault("step", np.zeros((), np.int64))
     step += 1
     correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
-    for key, g in grads.items():
-        xp = array_module(g)
+    for name, (key, g) in itertools.product("mv", grads.items()):
+        state.setdefault(f"{name}.{key}", array_module(g).zeros_like(g))
+
+    def move(g, key):
         for name, beta, now in (("m", beta1, g), ("v", beta2, g * g)):
-            moment = state.setdefault(f"{name}.{key}", xp.zeros_like(g))
+            moment = state[f"{name}.{key}"]
             moment *= beta
             moment += (1 - beta) * now
-        slope = xp.sqrt(state[f"v.{key}"] / correction2) + eps
+        slope = array_module(g).sqrt(state[f"v.{key}"] / correction2) + eps
         params[key] -= rate / correction1 * state[f"m.{key}"] / slope
+
+    over_shards(move, list(grads.values()), list(grads), threads=threads)
 
 
 def orthogonalise(g):
@@ -994,22 +1012,24 @@ def orthogonalise(g):
     return x
 
 
-def muon(params, grads, state, rate, momentum=0.6, others_momentum=0.85):
+def muon(params, grads, state, rate, threads=None, momentum=0.6, others_momentum=0.85):
     """One step of Muon on convolution weights, of Nesterov SGD on the rest; in place.
     Convolution weights W, as a matrix (O, K*K*C), are scaled to the norm sqrt(O), which the
     batch normalisation behind them hides, and move by `rate` times the orthogonalised
     gradient. state is {} at first; it gets the momenta, "m.i.name"."""
     for key, g in grads.items():
-        xp = array_module(g)
+        state.setdefault(f"m.{key}", array_module(g).zeros_like(g))
+
+    def move(g, key):
         w, keep = params[key], momentum if g.ndim == 4 else others_momentum
-        moment = state.setdefault(f"m.{key}", xp.zeros_like(g))
+        moment = state[f"m.{key}"]
         if key.endswith(".w") and g.ndim == 2:
             g = g + DENSE_DECAY * w
         moment *= keep
         moment += g
         g = g + keep * moment  # Nesterov: the gradient after the coming step of momentum
         if g.ndim == 4:
-            w *= math.sqrt(w.shape[-1]) / (xp.linalg.norm(w) + 1e-7)
+            w *= math.sqrt(w.shape[-1]) / (array_module(g).linalg.norm(w) + 1e-7)
             flat = g.reshape(-1, g.shape[-1])  # (K*K*C, O)
             tall = flat.shape[0] > flat.shape[1]
             step = orthogonalise(flat.T).T if tall else orthogonalise(flat)
@@ -1017,6 +1037,8 @@ def muon(params, grads, state, rate, momentum=0.6, others_momentum=0.85):
         else:
             norm = key.endswith((".gamma", ".beta"))
             w -= rate * (NORM_RATE if norm else DENSE_RATE) * g
+
+    over_shards(move, list(grads.values()), list(grads), threads=threads)
 
 
 OPTIMIZERS = {"adam": adam, "muon": muon}
@@ -1153,6 +1175,7 @@ def first_not_finite(net, params, tape, logits):
     return xp.stack(sound).argmin()
 
 
+@one_blas_thread
 def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progress, threads=None):
     """Train for the run's epoch number `epoch` (from 0); params and optimiser state in place.
     images (N, H, W, C) uint8, labels (N,). All randomness comes from seed and epoch, so that
@@ -1178,7 +1201,7 @@ def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progres
         grads = backward(net, params, tape, dlogits, threads)
         del tape  # its memory serves the next batch
         rate = rate_at((epochs_done + start / n) / epochs, recipe.lr)
-        OPTIMIZERS[recipe.optimizer](params, grads, state, rate)
+        OPTIMIZERS[recipe.optimizer](params, grads, state, rate, threads)
         loss += batch_loss * len(chosen)
         correct += (logits.argmax(1) == labels[chosen]).sum()
         progress(len(chosen))
@@ -1189,6 +1212,7 @@ def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progres
     return float(loss) / n, float(correct) / n
 
 
+@one_blas_thread
 def take_statistics(net, params, images, recipe, rng, threads=None):
     """Take i.mean and i.var anew for the quantised network, in place: their average over batches
     of the training images (N, H, W, C) as they are, neither moved nor cut, with weights at rest.
@@ -1201,6 +1225,7 @@ def take_statistics(net, params, images, recipe, rng, threads=None):
         forward(net, params, x, *recipe.how("quantize"), rng, threads, momentum=1 / k)
 
 
+@one_blas_thread
 def accuracy(net, params, images, labels, recipe, activation, batch=250, threads=None):
     """Return the fraction of images (N, H, W, C) uint8 that the CNN classifies as labelled."""
     correct = 0
@@ -1393,6 +1418,7 @@ class Reference(NamedTuple):
     logits: np.ndarray
 
 
+@one_blas_thread
 def integer_forward(snn, k0, threads=None):
     """Run the integer CNN: k_out = clamp(floor((w . k_in + T b + v0) / theta), 0, T).
     k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
@@ -1571,6 +1597,7 @@ class Run:
 BLOCK_BYTES, CHUNK_BYTES = 2**22, 2**24  # currents of the largest layer: a step's, a chunk's
 
 
+@one_blas_thread
 def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None, threads=None):
     """Simulate the SNN spike by spike for T = snn.steps steps; return a Run.
     k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
@@ -1700,6 +1727,7 @@ def predicted(snn, images):
     return images if snn.encoding == "direct" else encode(images, snn.steps)
 
 
+@one_blas_thread
 def evaluate(snn, images, labels, schedules, *, batch=250, progress=lambda n: None, threads=None):
     """Classify images (N, H, W, C) uint8 with the integer CNN and the SNN of each schedule.
     Returns integer_accuracy and, for each schedule: accuracy, curve (accuracy after t = 1 to T
@@ -1739,6 +1767,7 @@ def evaluate(snn, images, labels, schedules, *, batch=250, progress=lambda n: No
     return correct / n, report
 
 
+@one_blas_thread
 def moved_levels(net, params, snn, images, recipe, batch=100, threads=None):
     """Return, for each firing layer, the fraction of levels of the CQ network (L = T) that the
     integer CNN has otherwise: what rounding the weights has moved. images (N, H, W, C) uint8."""
@@ -1868,6 +1897,7 @@ class Divergence(NamedTuple):
     first_neuron: np.ndarray  # (N,) that neuron, an index into H, W, C order
 
 
+@one_blas_thread
 def divergence(snn, k0, schedule="streaming", threads=None):
     """Simulate k0 (N, H, W, C), recording; return the Run, the Reference and a Divergence for
     each firing layer. Memory grows with N T: a few images at a time."""
