@@ -106,6 +106,9 @@ def one_blas_thread(f):
 
     @functools.wraps(f)
     def alone(*arguments, **named):
+        libraries = _blas().lib_controllers
+        if all(each.num_threads == 1 for each in libraries if each.user_api == "blas"):
+            return f(*arguments, **named)
         with _blas().limit(limits=1, user_api="blas"):
             return f(*arguments, **named)
 
@@ -466,12 +469,13 @@ def winograd_backward(dz, cache, input_gradient=True):
     u, (height, width, tiles, blocks) = kernel.u, tile_blocks(x, kernel, pad)
     rest = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # outputs that only tiles have
     dz = np.pad(dz, rest) if height % 2 or width % 2 else dz
-    du, dx = np.zeros_like(u), np.empty(x.shape, u.dtype) if input_gradient else None
+    du, dx = 0, np.empty(x.shape, u.dtype) if input_gradient else None
     for images in blocks:
         v = winograd_inputs(x[images], tiles, u.dtype)
         dm = winograd_outputs_backward(dz[images], tiles.r)
         v, dm = (a.reshape(*a.shape[:2], -1, a.shape[-1]) for a in (v, dm))
-        du += v.swapaxes(2, 3) @ dm
+        product = v.swapaxes(2, 3) @ dm
+        du = product if images.start == 0 else np.add(du, product, out=du)
         if input_gradient:
             dv = np.matmul(dm, u.swapaxes(2, 3), out=v)
             dv = dv.reshape(*v.shape[:2], -1, *tiles[3:], v.shape[-1])
@@ -529,7 +533,7 @@ def dense_backward(dz, cache):
     return (dz @ w.T).reshape(x.shape), {"w": x.reshape(len(x), -1).T @ dz}
 
 
-CACHED = 2**18  # values of a block that several passes go over; threads take turns at smaller ones
+CACHED = 2**20  # values of a block that several passes go over; threads take turns at smaller ones
 
 
 def cached_blocks(shape):
