@@ -78,6 +78,40 @@ def to_host(x):
     return x if array_module(x) is np else x.get()
 
 
+C_NAMES = {"float32": "float", "float64": "double", "int32": "int", "int64": "long long"}
+C_NAMES |= {"float16": "unsigned short", "uint8": "unsigned char"}  # halves are only moved
+
+
+@functools.cache
+def cuda_kernel(source, **types):
+    """Return the CUDA kernel that a source defines, its types by name: NumPy's for CUDA's.
+    Products and sums are rounded one by one, as NumPy does: fused they would be other bits."""
+    import cupy
+
+    options = [f"-D{name}={C_NAMES[kind]}" for name, kind in types.items()]
+    name = re.search(r"void (\w+)\(", source)[1]
+    return cupy.RawKernel(source, name, ("--fmad=false", *options))
+
+
+def launch(source, size, *arguments, **types):
+    """Run the CUDA kernel of a source for every index i below `size`, each a thread of its own.
+    The kernel takes the arguments and then size; whole numbers as `unsigned`."""
+    assert size < 2**32, "an index has 32 bits"
+    whole = [np.uint32(a) if isinstance(a, int) else a for a in (*arguments, size)]
+    kernel = cuda_kernel(source, **{name: np.dtype(kind).name for name, kind in types.items()})
+    kernel((-(-size // 256),), (256,), tuple(whole))
+
+
+def use_tf32(allowed):
+    """Let CuPy round the operands of float32 products to 11 bits (TF32 tensor cores), or not.
+    Sums of whole numbers need it off; CuPy has no public switch but the variable CUPY_TF32,
+    which it reads once."""
+    from cupy._core import _routines_linalg as products
+
+    kind = products.COMPUTE_TYPE_TF32 if allowed else products.COMPUTE_TYPE_DEFAULT
+    products.set_compute_type(np.dtype(np.float32), kind)
+
+
 def shards(n):
     """Split n images into at most SHARDS slices whose bounds depend on n alone."""
     parts = max(1, min(SHARDS, n // SMALLEST_SHARD))
@@ -183,6 +217,36 @@ def column_blocks(x, size, stride, pad, dtype):
         part = view[start : start + block]
         cols[: len(part)] = part
         yield slice(start, start + len(part)), cols[: len(part)].reshape(-1, size * view.shape[4])
+
+
+IM2COL = """
+extern "C" __global__ void im2col(const ELEMENT *x, unsigned height, unsigned width,
+    unsigned channels, unsigned size, unsigned stride, unsigned pad, unsigned rows,
+    unsigned columns, ELEMENT *cols, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x, rest = i;
+  if (i >= n) return;
+  unsigned c = rest % channels; rest /= channels;
+  unsigned l = rest % size; rest /= size;
+  unsigned k = rest % size; rest /= size;
+  unsigned column = rest % columns; rest /= columns;
+  unsigned row = rest % rows, image = rest / rows;
+  unsigned y = row * stride + k - pad, z = column * stride + l - pad;  // outside: huge
+  bool inside = y < height && z < width;
+  cols[i] = inside ? x[(((size_t)image * height + y) * width + z) * channels + c] : (ELEMENT)0;
+}"""
+
+
+def im2col(x, size, stride, pad, dtype):
+    """Return im2col of x (N, H, W, C), any real type, at once and on a GPU: (N*Ho*Wo, K*K*C) in
+    dtype (float16, float32 or float64), zeros beyond the borders. The same rows as
+    `column_blocks`, without a padded copy; x is converted before it is multiplied K*K times."""
+    xp, (n, height, width, channels) = array_module(x), x.shape
+    x = xp.ascontiguousarray(x.astype(dtype, copy=False))
+    rows, columns = ((m + 2 * pad - size) // stride + 1 for m in (height, width))
+    cols = xp.empty((n * rows * columns, size * size * channels), dtype)
+    geometry = height, width, channels, size, stride, pad, rows, columns
+    launch(IM2COL, cols.size, x, *geometry, cols, ELEMENT=dtype)
+    return cols
 
 
 def conv(x, w, stride, pad):
@@ -318,6 +382,25 @@ def batch_moments(zs, threads=None):
 ACTIVATIONS = ("relu", "clamp", "quantize")  # in the order of the stages
 
 
+ACTIVATE = """
+extern "C" __global__ void activate(const REAL *z, const REAL *mean, const REAL *scale,
+    const REAL *beta, unsigned channels, unsigned activation, double levels, double shift,
+    REAL *a, bool *inside, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  REAL u = z[i];
+  if (channels) {
+    unsigned c = i % channels;
+    u = (u - mean[c]) * scale[c] + beta[c];
+  }
+  inside[i] = u > 0 && (activation == 0 || u < 1);
+  if (u < 0) u = 0;  // NaN stays NaN
+  if (activation > 0 && u > 1) u = 1;
+  if (activation == 2) u = floor(u * (REAL)levels + (REAL)shift);
+  a[i] = u;
+}"""
+
+
 def activate(z, activation, levels=None, shift=0.0, norm=None):
     """The activation a of u, and where it lets gradients pass (bool, the shape of u).
     "relu"      a = max(u, 0)
@@ -327,6 +410,11 @@ def activate(z, activation, levels=None, shift=0.0, norm=None):
     u is z, or (z - mean) scale + beta where norm is (mean, scale, beta), each (C,)."""
     xp = array_module(z)
     a, inside = xp.empty(z.shape, z.dtype), xp.empty(z.shape, bool)
+    if xp is not np:
+        channels, kind = z.shape[-1] if norm else 0, ACTIVATIONS.index(activation)
+        how = *(norm or (z, z, z)), channels, kind, float(levels or 0), float(shift)
+        launch(ACTIVATE, z.size, xp.ascontiguousarray(z), *how, a, inside, REAL=z.dtype)
+        return a, inside
     for index in cached_blocks(z.shape):  # every pass over a block finds it in the cache
         u, passes = a[index], inside[index]
         if norm is None:
@@ -368,24 +456,66 @@ def batch_norm(zs, gamma, beta, mean, var, training, how, threads=None, momentum
     dtype = zs[0].dtype
     mean = mean.astype(dtype)  # a copy: backward must not see the running mean move
     inverse = (1 / array_module(var).sqrt(var + BATCH_NORM_EPS)).astype(dtype)
-    norm = mean, gamma * inverse, beta
+    norm = mean, (gamma * inverse).astype(dtype, copy=False), beta.astype(dtype, copy=False)
     outputs, inside = zip(*over_shards(lambda z: activate(z, *how, norm), zs, threads=threads))
     return outputs, (zs, mean, inverse, gamma, inside, training)
 
 
+_NORM_SUMS = """
+extern "C" __global__ void norm_sums(const REAL *z, REAL *da, const bool *inside,
+    const REAL *mean, unsigned rows, unsigned channels, unsigned strip, REAL *sums, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // of a strip of rows, one channel
+  if (i >= n) return;
+  unsigned c = i % channels, first = i / channels * strip;
+  REAL sum = 0, sum_x = 0;
+  for (unsigned row = first; row < first + strip && row < rows; row++) {
+    size_t k = (size_t)row * channels + c;
+    REAL du = da[k] * (REAL)inside[k];
+    da[k] = du;
+    sum += du;
+    sum_x += (z[k] - mean[c]) * du;
+  }
+  sums[i] = sum;
+  sums[n + i] = sum_x;
+}"""
+
+
 def _norm_sums(z, da, inside, mean):
-    """Turn da into du, in place; return [sum du, sum du (z - mean)] over all but channels."""
+    """Turn da into du, in place where it is contiguous or NumPy's; return du and, in float64,
+    [sum du, sum du (z - mean)] over all but channels: here blocks, on a GPU 64 rows at a time."""
+    xp = array_module(z)
+    if xp is not np:
+        z, da, channels = *map(xp.ascontiguousarray, (z, da)), z.shape[-1]
+        rows = z.size // channels
+        sums = xp.empty((2, -(-rows // 64), channels), z.dtype)
+        how = rows, channels, 64, sums
+        launch(_NORM_SUMS, sums.size // 2, z, da, inside, mean, *how, REAL=z.dtype)
+        return da, sums.sum(1, dtype=np.float64)
     sums = 0
     for index in cached_blocks(z.shape):
         du, x = da[index], z[index] - mean
         du *= inside[index]
         x *= du
         sums = sums + np.stack([column_sums(du), column_sums(x)])
-    return sums
+    return da, sums
+
+
+_NORM_INPUT_GRADIENT = """
+extern "C" __global__ void norm_input_gradient(const REAL *z, REAL *du, const REAL *mean,
+    const REAL *scale, const REAL *level, const REAL *slope, unsigned channels, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % channels;
+  if (i >= n) return;
+  du[i] = (du[i] - ((z[i] - mean[c]) * slope[c] + level[c])) * scale[c];
+}"""
 
 
 def _norm_input_gradient(z, du, mean, scale, level, slope):
     """dz = scale (du - level - slope (z - mean)), in place of du."""
+    xp = array_module(z)
+    if xp is not np:
+        how = mean, scale, level, slope, z.shape[-1]
+        launch(_NORM_INPUT_GRADIENT, z.size, xp.ascontiguousarray(z), du, *how, REAL=z.dtype)
+        return du
     for index in cached_blocks(z.shape):
         part, x = du[index], z[index] - mean
         x *= slope
@@ -400,15 +530,16 @@ def batch_norm_backward(das, cache, threads=None):
     dgamma = sum du x, and dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without
     the last two terms where the running mean and variance were used. In place of da."""
     zs, mean, inverse, gamma, inside, training = cache
-    sums = over_shards(lambda *a: _norm_sums(*a, mean), zs, das, inside, threads=threads)
+    found = over_shards(lambda *a: _norm_sums(*a, mean), zs, das, inside, threads=threads)
+    dus, sums = zip(*found)
     dbeta, dgamma = sum_over_shards(sums)
     dgamma = dgamma * inverse
     count = sum(z.size // z.shape[-1] for z in zs)
     level, slope = ((g / count).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
     if not training:
         level, slope = 0 * level, 0 * slope
-    how = mean, gamma * inverse, level, slope
-    dzs = over_shards(lambda z, du: _norm_input_gradient(z, du, *how), zs, das, threads=threads)
+    how = mean, (gamma * inverse).astype(mean.dtype, copy=False), level, slope
+    dzs = over_shards(lambda z, du: _norm_input_gradient(z, du, *how), zs, dus, threads=threads)
     return dzs, {"gamma": dgamma.astype(gamma.dtype), "beta": dbeta.astype(gamma.dtype)}
 
 
@@ -924,12 +1055,12 @@ def take_statistics(net, params, images, recipe, rng, threads=None):
 
 def accuracy(net, params, images, labels, recipe, activation, batch=250, threads=None):
     """Return the fraction of images (N, H, W, C) uint8 that the CNN classifies as labelled."""
-    correct = 0
+    correct = 0  # stays on the device until the end
     for start in range(0, len(images), batch):
         x = network_input(images[start : start + batch], recipe.steps, recipe.encoding)
         logits, _ = forward(net, params, x, *recipe.how(activation), threads=threads)
-        correct += int((logits.argmax(1) == labels[start : start + batch]).sum())
-    return correct / len(images)
+        correct = correct + (logits.argmax(1) == labels[start : start + batch]).sum()
+    return int(correct) / len(images)
 
 
 # 5  Conversion: a trained CNN becomes whole numbers -----------------------------------------------
@@ -1123,7 +1254,8 @@ def integer_forward(snn, k0, threads=None):
     sums = []
     for i, layer in enumerate(snn.layers):
         bound = largest_sum(layer, snn.largest_input(i) * steps, steps)
-        sums.append(Sums(layer, xp, exact_dtype(bound), integer_dtype(bound)))
+        largest = snn.largest_input(i) * steps
+        sums.append(Sums(layer, xp, exact_dtype(bound), integer_dtype(bound), largest))
 
     def run(inputs):
         charge = inputs * sums[0].integer(steps if snn.encoding == "direct" else 1)
@@ -1139,17 +1271,68 @@ def integer_forward(snn, k0, threads=None):
     return Reference([xp.concatenate(parts) for parts in zip(*counts)], xp.concatenate(logits))
 
 
-class Sums:
-    """A layer's weights carried in a float type that holds its sums exactly, and its bias."""
+HALF_WHOLE = 2048  # whole numbers up to this, of either sign, are exact in half precision
+IM2COL_VALUES = 2**28  # columns at a time: half a GiB in half precision
 
-    def __init__(self, layer, xp, carrier, integer):
-        self.layer, self.integer = layer, integer
-        self.w = xp.ones((), carrier) if layer.w is None else xp.asarray(layer.w, carrier)
+
+def half_matmul(x, w, out):
+    """out = x w on a GPU's tensor cores: x (M, K) and w (K, O) float16, out (M, O) float32.
+    Exact while x and w hold whole numbers of at most 2,048 and every sum of absolute products
+    stays below 2**24: a product of two has 22 bits, and float32 adds them up."""
+    cuda, rows, outputs = array_module(x).cuda, *out.shape
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    half, single, compute = cuda.runtime.CUDA_R_16F, cuda.runtime.CUDA_R_32F, 68  # in float32
+    left = w.data.ptr, half, outputs  # cuBLAS reads columns first: what it sees is out' = w' x'
+    right = x.data.ptr, half, x.shape[1]
+    sizes = 0, 0, outputs, rows, x.shape[1]  # nothing is turned
+    scales = one.ctypes.data, zero.ctypes.data
+    result = scales[1], out.data.ptr, single, outputs
+    handle = cuda.Device().cublas_handle
+    cuda.cublas.gemmEx(handle, *sizes, scales[0], *left, *right, *result, compute, -1)
+
+
+def half_linear(layer, x, w):
+    """`linear` of a convolution or a dense layer by `half_matmul`, with w float16: float32 sums."""
+    xp = array_module(x)
+    if layer.kind == "dense":
+        z = xp.empty((len(x), w.shape[1]), np.float32)
+        half_matmul(x.reshape(len(x), -1).astype(np.float16, copy=False), w, z)
+        return z
+    (n, height, width, _), geometry = x.shape, (layer.size, layer.stride, layer.pad)
+    rows, columns = ((m + 2 * layer.pad - layer.size) // layer.stride + 1 for m in (height, width))
+    z, matrix = xp.empty((n, rows, columns, w.shape[-1]), np.float32), w.reshape(-1, w.shape[-1])
+    images = max(1, IM2COL_VALUES // (rows * columns * len(matrix)))
+    for start in range(0, n, images):
+        part = z[start : start + images].reshape(-1, w.shape[-1])
+        half_matmul(im2col(x[start : start + images], *geometry, np.float16), matrix, part)
+    return z
+
+
+class Sums:
+    """A layer's weights carried in a float type that holds its sums exactly, and its bias.
+    On a GPU half precision carries them where `half_matmul` is exact: w is divided by the
+    greatest common divisor of all weights, F or a multiple of it, which is multiplied back."""
+
+    def __init__(self, layer, xp, carrier, integer, largest_input=math.inf):
+        self.layer, self.integer, self.unit = layer, integer, None
+        if xp is not np:
+            use_tf32(False)
+        small = xp is not np and carrier is np.float32 and largest_input <= HALF_WHOLE
+        if small and layer.kind in ("conv", "dense"):
+            unit = int(np.gcd.reduce(layer.w, axis=None)) or 1
+            if int(abs(layer.w).max()) <= HALF_WHOLE * unit:
+                self.unit, carrier = unit, np.float16
+        w = layer.w if self.unit is None else layer.w // self.unit
+        self.w = xp.ones((), carrier) if w is None else xp.asarray(w, carrier)
         self.b = xp.asarray(0 if layer.b is None else layer.b, integer)
 
     def __call__(self, x, steps):
         """Return w . x + b * steps as integers, for x (N, ...)."""
-        current = linear(self.layer, x, self.w)[0].astype(self.integer)
+        if self.unit is None:
+            current = linear(self.layer, x, self.w)[0].astype(self.integer)
+        else:
+            current = half_linear(self.layer, x, self.w).astype(self.integer)
+            current *= self.integer(self.unit)
         current += self.b * self.integer(steps)
         return current
 
@@ -1191,6 +1374,21 @@ class Source:
     def spikes(self, m):
         """Return the next m steps (m, N, H, W, C) uint8."""
         return self.xp.stack([self.counts(1).astype(np.uint8) for _ in range(m)])
+
+
+FIRE = """
+extern "C" __global__ void fire(const WHOLE *currents, const WHOLE *theta, unsigned channels,
+    unsigned steps, WHOLE *v, unsigned char *spikes, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // a neuron, its potential in a register
+  if (i >= n) return;
+  WHOLE potential = v[i], threshold = theta[i % channels];
+  for (size_t k = i; k < (size_t)steps * n; k += n) {
+    potential += currents[k];
+    spikes[k] = potential >= threshold;
+    if (spikes[k]) potential -= threshold;
+  }
+  v[i] = potential;
+}"""
 
 
 class Population:
@@ -1239,6 +1437,10 @@ class Population:
 
     def fire(self, currents, spikes):
         """v += I; where v >= theta a spike, and v -= theta. In place on v and spikes."""
+        if self.xp is not np:
+            how = self.theta, self.theta.size, len(currents), self.v, spikes
+            launch(FIRE, self.v.size, self.xp.ascontiguousarray(currents), *how, WHOLE=self.v.dtype)
+            return
         for current, spike in zip(currents, spikes):
             self.v += current
             self.xp.greater_equal(self.v, self.theta, out=spike.view(bool))
@@ -1270,6 +1472,21 @@ class Run:
 BLOCK_BYTES, CHUNK_BYTES = 2**22, 2**24  # currents of the largest layer: a step's, a chunk's
 
 
+def memory_limits(snn, xp, batch, chunk):
+    """Return how many images to simulate together and how many steps, where not given: by the
+    cache of a core, or by what is free on a GPU. There a quarter is for all potentials and counts,
+    16 bytes a neuron, and a quarter for a chunk of the largest layer, 32 bytes for each current
+    with what it is made from."""
+    neurons = [math.prod(shape) for shape in snn.shapes]
+    if xp is np:
+        largest = 4 * max(neurons)  # bytes of a step, an image
+        batch = batch or max(1, min(64, BLOCK_BYTES // largest))
+        return batch, chunk or max(1, min(snn.steps, CHUNK_BYTES // (largest * batch)))
+    quarter = (xp.cuda.runtime.memGetInfo()[0] + xp.get_default_memory_pool().free_bytes()) // 4
+    batch = batch or max(1, min(1024, quarter // max(16 * sum(neurons), 32 * max(neurons))))
+    return batch, chunk or max(1, min(snn.steps, quarter // (32 * max(neurons) * batch)))
+
+
 def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None, threads=None):
     """Simulate the SNN spike by spike for T = snn.steps steps; return a Run.
     k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
@@ -1278,15 +1495,15 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     check_input(snn, k0)
     delay = delay_of(schedule, snn.steps)
     xp = array_module(k0)
-    largest = 4 * max(math.prod(shape) for shape in snn.shapes)  # bytes of a step, an image
-    batch = batch or max(1, min(64, BLOCK_BYTES // largest))
-    chunk = chunk or max(1, min(snn.steps, CHUNK_BYTES // (largest * batch)))
+    batch, chunk = memory_limits(snn, xp, batch, chunk)
     sums = []
     for i, layer in enumerate(snn.layers):
         step = largest_sum(layer, snn.largest_input(i), 1)
         start = largest_sum(layer, snn.largest_input(i) * delay, delay)
         integer = integer_dtype(snn.steps * step + int(abs(layer.v0).max()))
-        sums.append([Sums(layer, xp, exact_dtype(bound), integer) for bound in (step, start)])
+        pairs = ((step, 1), (start, delay))
+        pairs = ((bound, snn.largest_input(i) * steps) for bound, steps in pairs)
+        sums.append([Sums(layer, xp, exact_dtype(b), integer, most) for b, most in pairs])
     blocks = [k0[start : start + batch] for start in range(0, len(k0), batch)]
     how = (delay, chunk, record)
     runs = over_shards(lambda block: _run_block(snn, sums, block, *how), blocks, threads=threads)
@@ -1411,13 +1628,13 @@ def evaluate(snn, images, labels, schedules, *, batch=100, progress=lambda n: No
         for schedule in schedules:
             began = time.perf_counter()
             run = simulate(snn, k0, schedule, threads=threads)
-            seconds = time.perf_counter() - began
-            right = (run.logits_over_time.argmax(2) == truth).sum(1)
+            right = to_host((run.logits_over_time.argmax(2) == truth).sum(1))
+            seconds = time.perf_counter() - began  # a GPU is done when its answer is here
             pairs = zip(run.counts, reference.counts)
             wrong = [int((ours != exact).sum()) for ours, exact in pairs]
             spikes = sum(int(c.sum()) for c in run.counts)
             synops = int(run.synops.sum()), *effective_operations(snn, k0, run.counts)
-            rows[schedule].append((to_host(right), wrong, spikes, synops, seconds))
+            rows[schedule].append((right, wrong, spikes, synops, seconds))
             progress(len(k0))
     neurons = np.array([n * math.prod(shape) for shape in snn.shapes[1:-1]])
     report = {}

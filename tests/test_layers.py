@@ -171,7 +171,8 @@ def test_blocks_take_every_value_once_and_change_nothing_elementwise(monkeypatch
     u = (z - norm[0]) * norm[1] + norm[2]
     assert (a == np.floor(5 * np.clip(u, 0, 1) + 0.5)).all()
     assert (inside == ((u > 0) & (u < 1))).all()
-    dbeta, dx = cqsnn._norm_sums(z, du, inside, 2 * norm[0])
+    same, (dbeta, dx) = cqsnn._norm_sums(z, du, inside, 2 * norm[0])
+    assert same is du
     rows = tuple(range(len(shape) - 1))
     assert (du == da * inside).all() and (dbeta == du.sum(rows, dtype=float)).all()
     assert (dx == ((z - 2 * norm[0]) * du).sum(rows, dtype=float)).all()
