@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cqsnn
+import train_cq
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -254,3 +255,19 @@ def test_simulation_on_the_stand_in_reads_nothing_within_its_loops():
             cqsnn.simulate(snn, cupy.asarray(k0), 4, batch=batch, chunk=chunk)
             reads.append(device.Device.reads)
     assert reads == [2, 2]  # the smallest and the largest input
+
+
+QUICK = ["--limit", "40", "--clamp-epochs", "1", "--quantize-epochs", "1", "--steps", "4"]
+
+
+def test_tf32_is_for_training_on_a_gpu_alone(tmp_path, capsys):
+    quick = [*QUICK, "--out", str(tmp_path / "run")]
+    assert train_cq.main([*quick, "--device", "cpu", "--tf32"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train_cq: --tf32: training on a CPU (") and "expected a GPU" in line
+    with installed():
+        assert train_cq.main([*quick, "--device", "gpu", "--tf32"]) == 0
+        assert device.Counted.tf32[0] == ("float32", "tf32")
+        assert {kind for _, kind in device.Counted.tf32[1:]} == {"float32"}  # simulation
+        assert train_cq.main([*quick, "--device", "gpu", "--resume"]) == 2
+    assert "holds a run with tf32 True, found None" in capsys.readouterr().err
