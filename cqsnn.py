@@ -80,6 +80,40 @@ def to_host(x):
     return x if array_module(x) is np else x.get()
 
 
+C_NAMES = {"float32": "float", "float64": "double", "int32": "int", "int64": "long long"}
+C_NAMES |= {"float16": "unsigned short", "uint8": "unsigned char"}  # halves are only moved
+
+
+@functools.cache
+def cuda_kernel(source, **types):
+    """Return the CUDA kernel that a source defines, its types by name: NumPy's for CUDA's.
+    Products and sums are rounded one by one, as NumPy does: fused they would be other bits."""
+    import cupy
+
+    options = [f"-D{name}={C_NAMES[kind]}" for name, kind in types.items()]
+    name = re.search(r"void (\w+)\(", source)[1]
+    return cupy.RawKernel(source, name, ("--fmad=false", *options))
+
+
+def launch(source, size, *arguments, **types):
+    """Run the CUDA kernel of a source for every index i below `size`, each a thread of its own.
+    The kernel takes the arguments and then size; whole numbers as `unsigned`."""
+    assert size < 2**32, "an index has 32 bits"
+    whole = [np.uint32(a) if isinstance(a, int) else a for a in (*arguments, size)]
+    kernel = cuda_kernel(source, **{name: np.dtype(kind).name for name, kind in types.items()})
+    kernel((-(-size // 256),), (256,), tuple(whole))
+
+
+def use_tf32(allowed):
+    """Let CuPy round the operands of float32 products to 11 bits (TF32 tensor cores), or not.
+    Sums of whole numbers need it off; CuPy has no public switch but the variable CUPY_TF32,
+    which it reads once."""
+    from cupy._core import _routines_linalg as products
+
+    kind = products.COMPUTE_TYPE_TF32 if allowed else products.COMPUTE_TYPE_DEFAULT
+    products.set_compute_type(np.dtype(np.float32), kind)
+
+
 def shards(n):
     """Split n images into at most SHARDS slices whose bounds depend on n alone."""
     parts = max(1, min(SHARDS, n // SMALLEST_SHARD))
@@ -198,13 +232,51 @@ def shifted(x, size, stride):
             yield k, m, x[:, k : k + rows : stride, m : m + columns : stride]
 
 
+IM2COL_VALUES = 2**28  # of columns at a time on a GPU: half a GiB in half precision
+IM2COL = """
+extern "C" __global__ void im2col(const ELEMENT *x, unsigned height, unsigned width,
+    unsigned channels, unsigned size, unsigned stride, unsigned pad, unsigned rows,
+    unsigned columns, ELEMENT *cols, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x, rest = i;
+  if (i >= n) return;
+  unsigned c = rest % channels; rest /= channels;
+  unsigned l = rest % size; rest /= size;
+  unsigned k = rest % size; rest /= size;
+  unsigned column = rest % columns; rest /= columns;
+  unsigned row = rest % rows, image = rest / rows;
+  unsigned y = row * stride + k - pad, z = column * stride + l - pad;  // outside: huge
+  bool inside = y < height && z < width;
+  cols[i] = inside ? x[(((size_t)image * height + y) * width + z) * channels + c] : (ELEMENT)0;
+}"""
+
+
+def im2col(x, size, stride, pad, dtype):
+    """Return im2col of x (N, H, W, C), any real type, at once and on a GPU: (N*Ho*Wo, K*K*C) in
+    dtype (float16, float32 or float64), zeros beyond the borders. The same rows as those that
+    NumPy copies in `column_blocks`; x is converted before it is multiplied K*K times."""
+    xp, (n, height, width, channels) = array_module(x), x.shape
+    x = xp.ascontiguousarray(x.astype(dtype, copy=False))
+    rows, columns = ((m + 2 * pad - size) // stride + 1 for m in (height, width))
+    cols = xp.empty((n * rows * columns, size * size * channels), dtype)
+    geometry = height, width, channels, size, stride, pad, rows, columns
+    launch(IM2COL, cols.size, x, *geometry, cols, ELEMENT=dtype)
+    return cols
+
+
 def column_blocks(x, size, stride, pad, dtype):
     """Yield im2col of x, a block of images at a time: (slice of images, rows (n*Ho*Wo, K*K*C)).
     About 1,024 rows stay in a core's cache. The rows are overwritten by the next block."""
-    xp, view = array_module(x), windows(pad_borders(x, pad), size, stride)
+    if array_module(x) is not np:
+        values = math.prod((m + 2 * pad - size) // stride + 1 for m in x.shape[1:3])
+        block = max(1, IM2COL_VALUES // (values * size * size * x.shape[3]))
+        for start in range(0, len(x), block):
+            images = slice(start, min(len(x), start + block))
+            yield images, im2col(x[images], size, stride, pad, dtype)
+        return
+    view = windows(pad_borders(x, pad), size, stride)
     n, height, width = view.shape[:3]
-    block = min(n, max(1, (1024 if xp is np else 2**18) // (height * width)))
-    cols = xp.empty((block, *view.shape[1:]), dtype)
+    block = min(n, max(1, 1024 // (height * width)))
+    cols = np.empty((block, *view.shape[1:]), dtype)
     for start in range(0, n, block):
         part = view[start : start + block]
         cols[: len(part)] = part
@@ -584,6 +656,25 @@ def batch_moments(zs, threads=None):
 ACTIVATIONS = ("relu", "clamp", "quantize")  # in the order of the stages
 
 
+ACTIVATE = """
+extern "C" __global__ void activate(const REAL *z, const REAL *mean, const REAL *scale,
+    const REAL *beta, unsigned channels, unsigned activation, double levels, double shift,
+    REAL *a, bool *inside, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  REAL u = z[i];
+  if (channels) {
+    unsigned c = i % channels;
+    u = (u - mean[c]) * scale[c] + beta[c];
+  }
+  inside[i] = u > 0 && (activation == 0 || u < 1);
+  if (u < 0) u = 0;  // NaN stays NaN
+  if (activation > 0 && u > 1) u = 1;
+  if (activation == 2) u = floor(u * (REAL)levels + (REAL)shift);
+  a[i] = u;
+}"""
+
+
 def activate(z, activation, levels=None, shift=0.0, norm=None):
     """The activation a of u, and where it lets gradients pass (bool, the shape of u).
     "relu"      a = max(u, 0)
@@ -593,6 +684,11 @@ def activate(z, activation, levels=None, shift=0.0, norm=None):
     u is z, or (z - mean) scale + beta where norm is (mean, scale, beta), each (C,)."""
     xp = array_module(z)
     a, inside = xp.empty(z.shape, z.dtype), xp.empty(z.shape, bool)
+    if xp is not np:
+        channels, kind = z.shape[-1] if norm else 0, ACTIVATIONS.index(activation)
+        how = *(norm or (z, z, z)), channels, kind, float(levels or 0), float(shift)
+        launch(ACTIVATE, z.size, xp.ascontiguousarray(z), *how, a, inside, REAL=z.dtype)
+        return a, inside
     for index in cached_blocks(z.shape):  # every pass over a block finds it in the cache
         u, passes = a[index], inside[index]
         if norm is None:
@@ -634,24 +730,66 @@ def batch_norm(zs, gamma, beta, mean, var, training, how, threads=None, momentum
     dtype = zs[0].dtype
     mean = mean.astype(dtype)  # a copy: backward must not see the running mean move
     inverse = (1 / array_module(var).sqrt(var + BATCH_NORM_EPS)).astype(dtype)
-    norm = mean, gamma * inverse, beta
+    norm = mean, (gamma * inverse).astype(dtype, copy=False), beta.astype(dtype, copy=False)
     outputs, inside = zip(*over_shards(lambda z: activate(z, *how, norm), zs, threads=threads))
     return outputs, (zs, mean, inverse, gamma, inside, training)
 
 
+_NORM_SUMS = """
+extern "C" __global__ void norm_sums(const REAL *z, REAL *da, const bool *inside,
+    const REAL *mean, unsigned rows, unsigned channels, unsigned strip, REAL *sums, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // of a strip of rows, one channel
+  if (i >= n) return;
+  unsigned c = i % channels, first = i / channels * strip;
+  REAL sum = 0, sum_x = 0;
+  for (unsigned row = first; row < first + strip && row < rows; row++) {
+    size_t k = (size_t)row * channels + c;
+    REAL du = da[k] * (REAL)inside[k];
+    da[k] = du;
+    sum += du;
+    sum_x += (z[k] - mean[c]) * du;
+  }
+  sums[i] = sum;
+  sums[n + i] = sum_x;
+}"""
+
+
 def _norm_sums(z, da, inside, mean):
-    """Turn da into du, in place; return [sum du, sum du (z - mean)] over all but channels."""
+    """Turn da into du, in place where it is contiguous or NumPy's; return du and, in float64,
+    [sum du, sum du (z - mean)] over all but channels: here blocks, on a GPU 64 rows at a time."""
+    xp = array_module(z)
+    if xp is not np:
+        z, da, channels = *map(xp.ascontiguousarray, (z, da)), z.shape[-1]
+        rows = z.size // channels
+        sums = xp.empty((2, -(-rows // 64), channels), z.dtype)
+        how = rows, channels, 64, sums
+        launch(_NORM_SUMS, sums.size // 2, z, da, inside, mean, *how, REAL=z.dtype)
+        return da, sums.sum(1, dtype=np.float64)
     sums = 0
     for index in cached_blocks(z.shape):
         du, x = da[index], z[index] - mean
         du *= inside[index]
         x *= du
         sums = sums + np.stack([column_sums(du), column_sums(x)])
-    return sums
+    return da, sums
+
+
+_NORM_INPUT_GRADIENT = """
+extern "C" __global__ void norm_input_gradient(const REAL *z, REAL *du, const REAL *mean,
+    const REAL *scale, const REAL *level, const REAL *slope, unsigned channels, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % channels;
+  if (i >= n) return;
+  du[i] = (du[i] - ((z[i] - mean[c]) * slope[c] + level[c])) * scale[c];
+}"""
 
 
 def _norm_input_gradient(z, du, mean, scale, level, slope):
     """dz = scale (du - level - slope (z - mean)), in place of du."""
+    xp = array_module(z)
+    if xp is not np:
+        how = mean, scale, level, slope, z.shape[-1]
+        launch(_NORM_INPUT_GRADIENT, z.size, xp.ascontiguousarray(z), du, *how, REAL=z.dtype)
+        return du
     for index in cached_blocks(z.shape):
         part, x = du[index], z[index] - mean
         x *= slope
@@ -666,15 +804,16 @@ def batch_norm_backward(das, cache, threads=None):
     dgamma = sum du x, and dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without
     the last two terms where the running mean and variance were used. In place of da."""
     zs, mean, inverse, gamma, inside, training = cache
-    sums = over_shards(lambda *a: _norm_sums(*a, mean), zs, das, inside, threads=threads)
+    found = over_shards(lambda *a: _norm_sums(*a, mean), zs, das, inside, threads=threads)
+    dus, sums = zip(*found)
     dbeta, dgamma = sum_over_shards(sums)
     dgamma = dgamma * inverse
     count = sum(z.size // z.shape[-1] for z in zs)
     level, slope = ((g / count).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
     if not training:
         level, slope = 0 * level, 0 * slope
-    how = mean, gamma * inverse, level, slope
-    dzs = over_shards(lambda z, du: _norm_input_gradient(z, du, *how), zs, das, threads=threads)
+    how = mean, (gamma * inverse).astype(mean.dtype, copy=False), level, slope
+    dzs = over_shards(lambda z, du: _norm_input_gradient(z, du, *how), zs, dus, threads=threads)
     return dzs, {"gamma": dgamma.astype(gamma.dtype), "beta": dbeta.astype(gamma.dtype)}
 
 
@@ -1232,12 +1371,12 @@ def take_statistics(net, params, images, recipe, rng, threads=None):
 @one_blas_thread
 def accuracy(net, params, images, labels, recipe, activation, batch=250, threads=None):
     """Return the fraction of images (N, H, W, C) uint8 that the CNN classifies as labelled."""
-    correct = 0
+    correct = 0  # stays on the device until the end
     for start in range(0, len(images), batch):
         x = network_input(images[start : start + batch], recipe.steps, recipe.encoding)
         logits, _ = forward(net, params, x, *recipe.how(activation), threads=threads)
-        correct += int((logits.argmax(1) == labels[start : start + batch]).sum())
-    return correct / len(images)
+        correct = correct + (logits.argmax(1) == labels[start : start + batch]).sum()
+    return int(correct) / len(images)
 
 
 # 5  Conversion: a trained CNN becomes whole numbers -----------------------------------------------
@@ -1449,28 +1588,73 @@ def integer_forward(snn, k0, threads=None):
     return Reference([xp.concatenate(parts) for parts in zip(*counts)], xp.concatenate(logits))
 
 
+HALF_WHOLE = 2048  # whole numbers up to this, of either sign, are exact in half precision
+
+
+def half_matmul(x, w, out, unit):
+    """out = unit x w on a GPU's tensor cores: x (M, K) and w (K, O) float16, out (M, O) float32.
+    Exact while x and w hold whole numbers of at most 2,048, every sum of absolute products
+    stays below 2**24 and unit is a power of two: a product has 22 bits, and float32 adds them."""
+    cuda, rows, outputs = array_module(x).cuda, *out.shape
+    one, zero = np.full(1, unit, np.float32), np.zeros(1, np.float32)
+    half, single, compute = cuda.runtime.CUDA_R_16F, cuda.runtime.CUDA_R_32F, 68  # in float32
+    left = w.data.ptr, half, outputs  # cuBLAS reads columns first: what it sees is out' = w' x'
+    right = x.data.ptr, half, x.shape[1]
+    sizes = 0, 0, outputs, rows, x.shape[1]  # nothing is turned
+    scales = one.ctypes.data, zero.ctypes.data
+    result = scales[1], out.data.ptr, single, outputs
+    handle = cuda.Device().cublas_handle
+    cuda.cublas.gemmEx(handle, *sizes, scales[0], *left, *right, *result, compute, -1)
+
+
+def half_linear(layer, x, w, unit):
+    """`linear` of a convolution or a dense layer by `half_matmul`: float32 sums, times unit."""
+    xp = array_module(x)
+    if layer.kind == "dense":
+        z = xp.empty((len(x), w.shape[1]), np.float32)
+        half_matmul(x.reshape(len(x), -1).astype(np.float16, copy=False), w, z, unit)
+        return z
+    rows, columns = ((m + 2 * layer.pad - layer.size) // layer.stride + 1 for m in x.shape[1:3])
+    z, matrix = (
+        xp.empty((len(x), rows, columns, w.shape[-1]), np.float32),
+        w.reshape(-1, w.shape[3]),
+    )
+    for images, cols in column_blocks(x, layer.size, layer.stride, layer.pad, np.float16):
+        half_matmul(cols, matrix, z[images].reshape(-1, w.shape[3]), unit)
+    return z
+
+
 class Sums:
     """The weights of layer i and its bias, in types that hold its sums exactly: of inputs up to
     `largest`, with `steps` times the bias. `images` is how many are worked at once.
     Where all weights hold the factor F, sums of products are whole multiples of it: a float holds
-    them as well as it holds their quotients by F."""
+    them as well as it holds their quotients by F. On a GPU half precision carries the quotients
+    where `half_matmul` is exact, and F is multiplied back."""
 
     def __init__(self, snn, i, xp, largest, steps, images, integer=None):
         layer = self.layer = snn.layers[i]
         self.integer = integer or integer_dtype(largest_sum(layer, largest, steps))
         self.b = xp.asarray(0 if layer.b is None else layer.b, self.integer)
         self.w = xp.ones((), exact_dtype(largest_sum(layer, largest, 0)))
+        if xp is not np:
+            use_tf32(False)
         if layer.w is None:
             return
-        unit = 1 if (layer.w % snn.unit).any() else snn.unit
-        self.w = xp.asarray(layer.w, exact_dtype(largest_sum(layer, largest, 0) // unit))
+        self.unit = unit = 1 if (layer.w % snn.unit).any() else snn.unit
+        carrier = exact_dtype(largest_sum(layer, largest, 0) // unit)
+        self.w = xp.asarray(layer.w, carrier)
         if takes_winograd(layer, self.w, (images, *snn.shapes[i])):
             kernel = winograd_kernel(self.w.astype(np.float32), layer.stride)  # of F / 4 at least
             if winograd_bound(kernel.u, largest) * 4 / unit < 2**24:
                 self.w = kernel
+        whole = max(largest, int(abs(layer.w).max()) // unit) <= HALF_WHOLE
+        if xp is not np and whole and layer.kind != "depthwise" and carrier is np.float32:
+            self.w = xp.asarray(layer.w // unit, np.float16)
 
     def products(self, x):
         """Return w . x, whole numbers carried by floats, for x (N, ...)."""
+        if getattr(self.w, "dtype", None) == np.float16:
+            return half_linear(self.layer, x, self.w, self.unit)
         return linear(self.layer, x, self.w)[0]
 
     def __call__(self, x, steps):
@@ -1517,6 +1701,21 @@ class Source:
     def spikes(self, m):
         """Return the next m steps (m, N, H, W, C) uint8."""
         return self.xp.stack([self.counts(1).astype(np.uint8) for _ in range(m)])
+
+
+FIRE = """
+extern "C" __global__ void fire(const REAL *products, const WHOLE *bias, const WHOLE *theta,
+    unsigned biases, unsigned thetas, unsigned steps, WHOLE *v, unsigned char *spikes, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // a neuron, its potential in a register
+  if (i >= n) return;
+  WHOLE potential = v[i], b = bias[i % biases], threshold = theta[i % thetas];
+  for (size_t k = i; k < (size_t)steps * n; k += n) {
+    potential += (WHOLE)products[k] + b;
+    spikes[k] = potential >= threshold;
+    if (spikes[k]) potential -= threshold;
+  }
+  v[i] = potential;
+}"""
 
 
 class Population:
@@ -1566,13 +1765,19 @@ class Population:
 
     def fire(self, products, spikes):
         """v += w . s + b; where v >= theta a spike, and v -= theta. In place on v and spikes."""
-        xp, change = self.xp, self.xp.empty_like(self.v)
+        if self.xp is not np:
+            arrays = self.xp.ascontiguousarray(products), self.b, self.theta
+            how = self.b.size, self.theta.size, len(products), self.v, spikes
+            types = {"REAL": products.dtype, "WHOLE": self.v.dtype}
+            launch(FIRE, self.v.size, *arrays, *how, **types)
+            return
+        change = np.empty_like(self.v)
         for product, spike in zip(products, spikes):
             change[...] = product  # a whole number, now in the integer type
             change += self.b
             self.v += change
-            xp.greater_equal(self.v, self.theta, out=spike.view(bool))
-            xp.multiply(spike, self.theta, out=change)
+            np.greater_equal(self.v, self.theta, out=spike.view(bool))
+            np.multiply(spike, self.theta, out=change)
             self.v -= change
 
     def discharge(self, m):
@@ -1601,6 +1806,22 @@ class Run:
 BLOCK_BYTES, CHUNK_BYTES = 2**22, 2**24  # currents of the largest layer: a step's, a chunk's
 
 
+def memory_limits(snn, xp, images, batch, chunk, threads):
+    """Return how many images to simulate together and how many steps, where not given: by the
+    cache of a core, and so that no thread is idle; or by what is free on a GPU. There a quarter is
+    for all potentials and counts, 16 bytes a neuron, and a quarter for a chunk of the largest
+    layer, 32 bytes for each current with what it is made from."""
+    neurons = [math.prod(shape) for shape in snn.shapes]
+    if xp is np:
+        largest = 4 * max(neurons)  # bytes of a step, an image
+        most = max(1, min(64, BLOCK_BYTES // largest))
+        batch = batch or -(-images // (threads * -(-images // (most * threads))))
+        return batch, chunk or max(1, min(snn.steps, CHUNK_BYTES // (largest * batch)))
+    quarter = (xp.cuda.runtime.memGetInfo()[0] + xp.get_default_memory_pool().free_bytes()) // 4
+    batch = batch or max(1, min(1024, quarter // max(16 * sum(neurons), 32 * max(neurons))))
+    return batch, chunk or max(1, min(snn.steps, quarter // (32 * max(neurons) * batch)))
+
+
 @one_blas_thread
 def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None, threads=None):
     """Simulate the SNN spike by spike for T = snn.steps steps; return a Run.
@@ -1610,11 +1831,7 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     check_input(snn, k0)
     delay = delay_of(schedule, snn.steps)
     xp = array_module(k0)
-    largest = 4 * max(math.prod(shape) for shape in snn.shapes)  # bytes of a step, an image
-    most = max(1, min(64, BLOCK_BYTES // largest))
-    together = (threads or CORES) * -(-len(k0) // (most * (threads or CORES)))  # blocks: no idle core
-    batch = batch or -(-len(k0) // together)
-    chunk = chunk or max(1, min(snn.steps, CHUNK_BYTES // (largest * batch)))
+    batch, chunk = memory_limits(snn, xp, len(k0), batch, chunk, threads or CORES)
     sums = []
     for i, layer in enumerate(snn.layers):
         input_, v0 = snn.largest_input(i), int(abs(layer.v0).max())
@@ -1746,13 +1963,13 @@ def evaluate(snn, images, labels, schedules, *, batch=250, progress=lambda n: No
         for schedule in schedules:
             began = time.perf_counter()
             run = simulate(snn, k0, schedule, threads=threads)
-            seconds = time.perf_counter() - began
-            right = (run.logits_over_time.argmax(2) == truth).sum(1)
+            right = to_host((run.logits_over_time.argmax(2) == truth).sum(1))
+            seconds = time.perf_counter() - began  # a GPU is done when its answer is here
             pairs = zip(run.counts, reference.counts)
             wrong = [int((ours != exact).sum()) for ours, exact in pairs]
             spikes = sum(int(c.sum()) for c in run.counts)
             synops = int(run.synops.sum()), *effective_operations(snn, k0, run.counts)
-            rows[schedule].append((to_host(right), wrong, spikes, synops, seconds))
+            rows[schedule].append((right, wrong, spikes, synops, seconds))
             progress(len(k0))
     neurons = np.array([n * math.prod(shape) for shape in snn.shapes[1:-1]])
     report = {}

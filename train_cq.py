@@ -92,12 +92,12 @@ def parser():
     run.add_argument("--seed", type=int, default=0, metavar="N")
     run.add_argument("--device", default="auto", help="auto, cpu or gpu")
     run.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
+    run.add_argument("--tf32", action="store_true", help="train in TF32 (a GPU), faster, 11 bits")
     text = "the run folder (default: runs/DATASET-NET)"
     run.add_argument("--out", metavar="DIR", help=text)
     text = "begin with these weights: a PyTorch state dict (.npz, .safetensors) or a model.npz"
     run.add_argument("--init", metavar="FILE", help=text)
-    text = "go on with the run in the run folder"
-    run.add_argument("--resume", action="store_true", help=text)
+    run.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     return p
 
 
@@ -334,22 +334,38 @@ def initial_params(path, net, shape, classes, expected):
     return {name: params[name].astype(np.float32) for name in expected}
 
 
-def train(args, recipe, net, folder, data, xp):
-    """Train all stages, a checkpoint after every epoch; return params and the checkpoint's meta."""
-    (images, labels), test = data
-    classes, epochs = cqsnn.DATASETS[args.dataset].classes, sum(n for _, n in recipe.stages)
+def run_settings(args, recipe):
+    """Return what decides the bits of a run: another one cannot go on with it."""
     settings = {"dataset": args.dataset, "seed": args.seed, "limit": args.limit}
     settings |= {"hold_out": args.hold_out, "init": args.init} | asdict(recipe)
-    params = cqsnn.init_params(net, images.shape[1:], classes, np.random.default_rng(args.seed))
+    return settings | ({"tf32": True} if args.tf32 else {})
+
+
+def begin(args, recipe, net, folder, images, xp):
+    """Return params and optimiser state on the device, and meta, of a run new or gone on with."""
+    classes, epochs = cqsnn.DATASETS[args.dataset].classes, sum(n for _, n in recipe.stages)
+    settings, shape = run_settings(args, recipe), images.shape[1:]
+    params = cqsnn.init_params(net, shape, classes, np.random.default_rng(args.seed))
     if recipe.whiten:
         few = cqsnn.network_input(cqsnn.to_host(images[:5000]), recipe.steps, recipe.encoding)
         cqsnn.whiten(net, params, few)
     if args.init is not None:
-        params = initial_params(args.init, net, images.shape[1:], classes, params)
+        params = initial_params(args.init, net, shape, classes, params)
     state, meta = {}, {"settings": settings, "epoch": 0, "log": []}
     start = previous_run(folder, settings, params, epochs, args.resume)
     params, state, meta = start or (params, state, meta)
-    params, state = ({k: xp.asarray(a) for k, a in d.items()} for d in (params, state))
+    # Adam reads its step number at every step: that stays on the host
+    state = {k: a if k == "step" else xp.asarray(a) for k, a in state.items()}
+    return {k: xp.asarray(a) for k, a in params.items()}, state, meta
+
+
+def train(args, recipe, net, folder, data, xp):
+    """Train all stages, a checkpoint after every epoch; return params and the checkpoint's meta."""
+    (images, labels), test = data
+    epochs = sum(n for _, n in recipe.stages)
+    params, state, meta = begin(args, recipe, net, folder, images, xp)
+    if args.tf32:
+        cqsnn.use_tf32(True)  # until a network of whole numbers forbids it
     ahead = forecast(args, recipe, net, params, data, epochs - meta["epoch"])
     print("about {} of training and {} of simulation ahead".format(*map(duration, ahead)))
     for epoch in range(meta["epoch"], epochs):
@@ -742,6 +758,8 @@ def train_and_convert(args):
     recipe = chosen_recipe(args)
     check_arguments(args, recipe.steps)
     xp, device = array_library(args.device)
+    if args.tf32 and xp is np:
+        raise ValueError(f"--tf32: training on a CPU ({device}), expected a GPU")
     data = load_data(args, xp)
     net = cqsnn.with_dropout(cqsnn.NETWORKS[recipe.net], recipe.dropout)
     shape = data[0][0].shape[1:]

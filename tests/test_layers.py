@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_gradient, loop_conv, loop_dense, loop_depthwise, loop_pool, winograd_at_any_size
+from oracles import (
+    assert_gradient,
+    loop_conv,
+    loop_dense,
+    loop_depthwise,
+    loop_pool,
+    winograd_at_any_size,
+)
 
 import cqsnn
 
@@ -53,7 +60,9 @@ def test_law_1_convolution_backward_is_the_exact_adjoint_over_many_blocks(stride
     st.sampled_from([(1, 2), (1, 3), (2, 2), (2, 3), (3, 2)]),
     *(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2), st.integers(0, 2**32)),
 )
-def test_winograd_is_the_convolution_and_its_exact_adjoint_on_whole_numbers(kernel, h, w, pad, seed):
+def test_winograd_is_the_convolution_and_its_exact_adjoint_on_whole_numbers(
+    kernel, h, w, pad, seed
+):
     """4 G w G' is whole: nothing is rounded, in either direction; one block holds few images."""
     (stride, taps), rng = kernel, np.random.default_rng(seed)
     size = stride * taps
@@ -230,7 +239,8 @@ def test_blocks_take_every_value_once_and_change_nothing_elementwise(monkeypatch
     u = (z - norm[0]) * norm[1] + norm[2]
     assert (a == np.floor(5 * np.clip(u, 0, 1) + 0.5)).all()
     assert (inside == ((u > 0) & (u < 1))).all()
-    dbeta, dx = cqsnn._norm_sums(z, du, inside, 2 * norm[0])
+    same, (dbeta, dx) = cqsnn._norm_sums(z, du, inside, 2 * norm[0])
+    assert same is du
     rows = tuple(range(len(shape) - 1))
     assert (du == da * inside).all() and (dbeta == du.sum(rows, dtype=float)).all()
     assert (dx == ((z - 2 * norm[0]) * du).sum(rows, dtype=float)).all()

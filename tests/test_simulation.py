@@ -191,23 +191,66 @@ def test_law_9_at_full_depth_digests_are_those_of_the_readme(name, encoding, sch
         assert cqsnn.spike_digest(snn, k0, schedule, **how) == expected
 
 
-def test_law_10_cupy_equals_numpy_bit_for_bit():
-    cupy = pytest.importorskip("cupy", reason="no GPU here: CuPy is not installed")
+@pytest.fixture
+def cupy():
+    found = pytest.importorskip("cupy", reason="no GPU here: CuPy is not installed")
     try:
-        cupy.zeros(1)
+        found.zeros(1)
     except Exception as error:
         pytest.skip(f"no GPU here: {error}")
+    return found
+
+
+@pytest.mark.parametrize("encoding", ["spikes", "direct"])
+@pytest.mark.parametrize("bits", [8, 16])  # half-precision products, and float32 or float64 ones
+def test_law_10_cupy_equals_numpy_bit_for_bit(cupy, encoding, bits):
     rng = np.random.default_rng(0)
-    net = cqsnn.network("8C3-A-8C4s2p1-FC")
+    net = cqsnn.network("8C3-A-8C4s2p1-T-FC")
     params = cqsnn.init_params(net, (12, 12, 2), 5, rng)
-    snn = cqsnn.convert(net, params, (12, 12, 2), 16)
-    k0 = rng.integers(0, 17, (20, 12, 12, 2))
+    snn = cqsnn.convert(net, params, (12, 12, 2), 16, bits, 0.5, encoding)
+    k0 = cqsnn.predicted(snn, rng.integers(0, 256, (20, 12, 12, 2)).astype(np.uint8))
+    exact = cqsnn.integer_forward(snn, k0)
+    assert (cqsnn.integer_forward(snn, cupy.asarray(k0)).logits.get() == exact.logits).all()
+    sums = cqsnn.Sums(snn, 2, cupy, 1, 1, 1)
+    assert (sums.w.dtype == np.float16) is (bits == 8)
     for schedule in ("streaming", 3, "synchronous"):
         ours = cqsnn.simulate(snn, k0, schedule, record=True)
-        theirs = cqsnn.simulate(snn, cupy.asarray(k0), schedule, record=True)
-        assert (theirs.logits_over_time.get() == ours.logits_over_time).all()
-        for a, b in zip(ours.spikes, theirs.spikes, strict=True):
-            assert (a == b.get()).all()
+        for how in ({}, {"batch": 7, "chunk": 5}):
+            theirs = cqsnn.simulate(snn, cupy.asarray(k0), schedule, record=True, **how)
+            assert (theirs.logits_over_time.get() == ours.logits_over_time).all()
+            assert (theirs.synops.get() == ours.synops).all()
+            for name in ("counts", "spikes", "potentials"):
+                for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True):
+                    assert (a == b.get()).all()
+
+
+@pytest.mark.parametrize("how", [("relu",), ("clamp",), ("quantize", 29, 0.5)])
+def test_law_10_elementwise_kernels_on_a_gpu_are_numpys_bit_for_bit(cupy, how):
+    rng = np.random.default_rng(0)
+    z, da = rng.normal(0.5, 1, (2, 70, 5, 6, 33)).astype(np.float32)
+    norm = rng.normal(size=(4, 33)).astype(np.float32)
+    ours, theirs = (
+        cqsnn.activate(xp.asarray(z), *how, norm=tuple(xp.asarray(norm[:3]))) for xp in (np, cupy)
+    )
+    assert all((a == b.get()).all() for a, b in zip(ours, theirs, strict=True))
+    whole, dwhole = rng.integers(-9, 10, (2, *z.shape)).astype(np.float32)  # sums in any order
+    arrays = whole, dwhole, ours[1], np.ones(33, np.float32)
+    one, other = (cqsnn._norm_sums(*map(xp.array, arrays)) for xp in (np, cupy))
+    assert all((a == b.get()).all() for a, b in zip(one, other, strict=True))
+    one, other = (cqsnn._norm_input_gradient(*map(xp.array, (z, da, *norm))) for xp in (np, cupy))
+    assert (one == other.get()).all()
+
+
+def test_law_10_half_products_at_their_bound_are_exact_on_a_gpu(cupy):
+    """Sums of just below 2**24, of products of 2**22 beside products of 1."""
+    x, w = np.full((65, 40), 2048), np.full((40, 48), 0)
+    w[:3], w[3:], x[:, 3:] = 2048, 1, 1
+    w[:, 1::2] *= -1
+    x[1::2, 2] = 2047
+    assert 2**24 > np.abs(x @ w).max() > 2**23
+    z = cupy.empty((65, 48), np.float32)
+    cqsnn.half_matmul(*(cupy.asarray(a, np.float16) for a in (x, w)), z, 1)
+    assert (z.get() == x @ w).all()
 
 
 def test_law_11_exact_types_change_at_their_bounds():

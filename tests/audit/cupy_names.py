@@ -2,40 +2,48 @@
 
     python tests/audit/cupy_names.py        # with CuPy installed; a GPU or driver is not needed
 
-Walks the syntax tree of cqsnn.py for xp.NAME and array_module(x).NAME, and for the methods called
-on a random Generator, and looks each up in CuPy: what is missing there, or does not take a keyword
-or so many positional arguments, is printed, with exit status 1.
+Walks the syntax tree of cqsnn.py for xp.NAME, self.xp.NAME and array_module(x).NAME, for names of
+the modules in MODULES, and for the methods called on a random Generator, and looks each up in CuPy:
+what is missing there, or does not take a keyword or so many positional arguments, is printed, with
+exit status 1. cuBLAS's are looked up where it is installed (package nvidia-cublas-cu12, 0.6 GB).
 """
 
 import ast
+import importlib
+import importlib.util
 import inspect
 import sys
 from pathlib import Path
 
 import cupy
 
+CUBLAS = importlib.util.find_spec("nvidia.cublas") or importlib.util.find_spec("nvidia.cu13")
 SOURCE = Path(__file__).resolve().parents[2] / "cqsnn.py"
 # of a ufunc's call, which has no signature to inspect; CuPy's documentation lists them
 UFUNC_KEYWORDS = {"out", "where", "axes", "axis", "keepdims", "casting", "dtype", "order"}
+MODULES = {"cupy": (), "xp": (), "cuda": ("cuda",), "products": ("_core", "_routines_linalg")}
 GENERATORS = {"device_rng"}  # names that hold a Generator of the array module
 
 
 def module_path(node):
-    """Return ("linalg", "norm") for xp.linalg.norm or array_module(x).linalg.norm, else None."""
+    """Return ("linalg", "norm") for xp.linalg.norm, self.xp.linalg.norm or
+    array_module(x).linalg.norm, ("cuda", "runtime") for cuda.runtime, else None."""
     names = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value
-    called = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "array_module"
-    if names and (called or getattr(node, "id", "") == "xp"):
-        return tuple(reversed(names))
-    return None
+    names, root = names[::-1], getattr(node, "id", "")
+    if root == "self" and names[:1] == ["xp"]:
+        root, names = "xp", names[1:]
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "array_module":
+        root = "xp"
+    return (*MODULES[root], *names) if names and root in MODULES else None
 
 
 def look_up(path):
     """Return what CuPy has under a path of names, or None."""
-    found = cupy
-    for name in path:
+    found = importlib.import_module(".".join(("cupy", *path[:2]))) if path[0] == "_core" else cupy
+    for name in path[2:] if path[0] == "_core" else path:
         found = getattr(found, name, None)
     return found
 
@@ -64,7 +72,7 @@ def problems(tree):
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
         path = module_path(node) if isinstance(node, ast.Attribute) else None
-        if path:
+        if path and (path[:2] != ("cuda", "cublas") or CUBLAS):
             found = look_up(path)
             if found is None:
                 yield node.lineno, ".".join(path), "is not in CuPy"
