@@ -58,8 +58,8 @@ def table_of_cases(device, quick):
         "train-lenet": ("train", "lenet*", (16, 640, 2560), (8, 128, 128), (16, 16, 16)),
         "train-allconv": ("train", "allconv", (8, 500, 5000), (8, 500, 500), (16, 16, 16)),
         "train-vgg": ("train", "vgg*", (4, 32, 2560), (4, 32, 256), (16, 16, 16)),
-        "simulate-lenet": ("simulate", "lenet*", (2 * n, 48 * n, 512), (None,) * 3, (8, 100, 100)),
-        "simulate-vgg": ("simulate", "vgg*", (n, 16 * n, 128), (None,) * 3, (4, 16, 100)),
+        "simulate-lenet": ("simulate", "lenet*", (2 * n, 24 * n, 512), (None,) * 3, (8, 100, 100)),
+        "simulate-vgg": ("simulate", "vgg*", (n, 8 * n, 128), (None,) * 3, (4, 16, 100)),
     }
     if device == "gpu":  # CIFAR-10 has 50,000 images; with Adam in both
         cases["epoch-vgg"] = ("epoch", "vgg*", (8, 0, 50_000), (4, 0, 256), (16, 0, 16))
@@ -170,10 +170,8 @@ def engines(case, peer_python, at_once):
     """Return {name: Engine} of a case, in the order in which they take turns.
     at_once {layout: images} is what the peer simulates together."""
     peer = "PyTorch" if case.kind != "simulate" else "SpikingJelly"
-    found = {}
+    found = {"ours": Engine(sys.executable, "peer_cqsnn.py", {"schedule": "streaming"}, {})}
     for suffix, allocator in (("", {}), (", memory kept", KEPT)):
-        told = {"schedule": "streaming"}
-        found[f"ours{suffix}"] = Engine(sys.executable, "peer_cqsnn.py", told, allocator)
         for layout in LAYOUTS:
             told = {"layout": layout, "at_once": at_once.get(layout)}
             engine = Engine(peer_python, "peer_torch.py", told, allocator)
@@ -276,7 +274,7 @@ def choose_at_once(case, told, peer_python, work, quick):
         seconds = {}
         for n in choices:
             engine = Engine(peer_python, "peer_torch.py", {"layout": layout, "at_once": n}, {})
-            rows, failed = measure({layout: engine}, told, 2, work)
+            rows, failed = measure({layout: engine}, told, 1, work)
             seconds[n] = float("inf") if failed else min(rows[layout]["seconds"])
         best[layout] = min(seconds, key=seconds.get)
     return best
@@ -304,7 +302,8 @@ dz written and read); simulation, 10 bytes a neuron and step (a current of 4 and
 written and read). Weights, potentials and whatever else an engine moves are left out, and what
 stays in a cache is counted: it is no measurement of traffic. Memory: the largest resident set of a
 process of its own (on a GPU: device memory held), and in brackets what the imports take of it.
-"Memory kept": glibc told to keep freed memory, which saves page faults (those of a run are shown).
+"Memory kept": glibc told to keep freed memory, which saves page faults (those of a run are shown);
+ours calls `cqsnn.keep_freed_memory`, as train_cq.py does.
 """
 
 

@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cqsnn
 
+cqsnn.keep_freed_memory()  # as train_cq.py does
+
 
 def product(case, xp):
     """A float32 matrix product, BLAS on all cores."""
