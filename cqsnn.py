@@ -1728,10 +1728,10 @@ class Population:
         self.xp = xp = array_module(sums.w)
         self.sums, self.below, self.chunk = sums, below, chunk
         self.theta = xp.asarray(sums.layer.theta, sums.integer)
-        self.v = xp.zeros(shape, sums.integer) + xp.asarray(sums.layer.v0, sums.integer)
         self.b = xp.zeros(shape[-2:], sums.integer) + sums.b  # (W, O): long rows add faster
-        if delay:
-            self.v += first_sums(below.counts(delay), delay)
+        v = first_sums(below.counts(delay), delay) if delay else xp.zeros(shape, sums.integer)
+        self.v = v.reshape(shape)
+        self.v += xp.asarray(sums.layer.v0, sums.integer)
         self.inputs_left = steps - delay
         self.total = xp.zeros(shape, np.int32)
         self.kept = [] if record else None
@@ -1758,6 +1758,8 @@ class Population:
     def counts(self, m):
         """Return how often each neuron fires in its next m firing steps (N, ...), int32."""
         one_by_one = min(m, self.inputs_left) if self.kept is None else m
+        if one_by_one == 0:
+            return self.discharge(m)
         counts = self.xp.zeros(self.v.shape, np.int32)
         for start in range(0, one_by_one, self.chunk):
             counts += self.spikes(min(self.chunk, one_by_one - start)).sum(0, dtype=np.int32)

@@ -386,3 +386,26 @@ def test_blas_keeps_to_one_thread_while_shards_are_worked():
             found = cqsnn.over_shards(blas_threads, [np.zeros(1)] * 4, threads=threads)
             assert found and all(set(counts) == {1} for counts in found)
         assert set(blas_threads(None)) == {2}  # and is given back
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (16, 1)])
+def test_whitening_kernels_decorrelate_patches_and_come_with_both_signs(shape):
+    """Of images whose neighbours and colours go together, as those of photographs do."""
+    side, channels = shape
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, side + 1, side + 1, 1)) + 0.1 * rng.normal(size=(1, 1, 1, channels))
+    x = (x[:, 1:, 1:] + x[:, :-1, 1:] + x[:, 1:, :-1]) * np.ones(channels)
+    x += 0.3 * rng.normal(size=x.shape)
+    net = cqsnn.network("7C3-GFC")
+    params = cqsnn.init_params(net, x.shape[1:], 2, rng)
+    last = params["0.w"][..., 6].copy()
+    assert cqsnn.whiten(net, params, x) is params
+    z = cqsnn.conv(x, params["0.w"].astype(float), 1, 0)[0].reshape(-1, 7)
+    # pixels vary by more than 1 here, WHITEN_EPS is 5e-4 of that at most; weights are float32
+    np.testing.assert_allclose(np.cov(z[:, :3].T, bias=True), np.eye(3), atol=2e-3)
+    np.testing.assert_array_equal(z[:, :3], -z[:, 3:6])
+    assert (params["0.w"][..., 6] == last).all()
+    other = cqsnn.network("A-FC")
+    same = cqsnn.init_params(other, x.shape[1:], 2, np.random.default_rng(1))
+    cqsnn.whiten(other, same, x)
+    assert all((a == same[k]).all() for k, a in same.items())
