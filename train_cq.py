@@ -188,8 +188,7 @@ def cpu_name():
 
 
 def array_library(device, local=None):
-    """Return (numpy or cupy, its name) for --device, of the ranks of this machine each its own;
-    CuPy is imported only here."""
+    """Return (numpy or cupy, its name) for --device, a GPU a rank; CuPy is imported only here."""
     if device == "cpu":
         return np, cpu_name()
     try:
@@ -951,10 +950,10 @@ def end(ranks, status, text):
     exit status. A higher rank waits longer for the others, so that only one speaks."""
     together = ranks.size == 1 or ranks.wait(ranks.ending.Ibarrier(), 1 + min(ranks.rank / 8, 3))
     if ranks.rank == 0 or not together:
-        where = "" if together else f"rank {ranks.rank}: "
-        print(f"{where}{text}", file=sys.stderr, flush=True)
+        print("" if together else f"rank {ranks.rank}: ", text, sep="", file=sys.stderr, flush=True)
+    if ranks.size > 1:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # one line is enough: MPI's own go nowhere
     if not together:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # one line is enough: MPI's own goes nowhere
         ranks.comm.Abort(status)
     return status
 
