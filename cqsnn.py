@@ -66,7 +66,8 @@ __version__ = "0.1.0"
 
 SHARDS = 8  # parts of a batch: fixed, so that the number of threads changes no bit
 SMALLEST_SHARD = 8  # images; a small batch has fewer shards
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+CORES = len(_CORES)
 
 
 def array_module(x):
@@ -160,9 +161,88 @@ def over_shards(f, *lists, threads=None):
     return list(_workers(threads).map(lambda item: f(*item), items))
 
 
-def sum_over_shards(parts):
-    """Add arrays in shard order: the one place where sums over a batch are closed."""
-    return functools.reduce(lambda a, b: a + b, parts)
+class Ranks:
+    """The processes that work together: one, ALONE, or those that mpiexec has started. Each takes
+    some consecutive shards of a batch; all call the same in the same order and get the same bits.
+    comm is mpi4py's communicator of all of them, local that of those on one machine."""
+
+    def __init__(self, comm=None, local=None):
+        self.comm, self.local, self.ending = comm, local, comm and comm.Dup()
+        self.rank, self.size = (comm.rank, comm.size) if comm else (0, 1)
+        cores = set().union(*local.allgather(_CORES)) if local else ()  # bound to some each, or not
+        self.threads = max(1, len(cores) // local.size) if local else None
+
+    def ours(self, items):
+        """Return this rank's share of a sequence that every rank has."""
+        first, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return items[first:end]
+
+    def of(self, n):
+        """Return who works n images: all ranks; or, with fewer shards than ranks, each rank all."""
+        return self if len(shards(n)) >= self.size else ALONE
+
+    def wait(self, request, seconds=math.inf):
+        """Return whether an MPI request is over in time. Soon asleep: others may need the core."""
+        began, spent = time.monotonic(), 0
+        while not (over := request.Test()) and spent < seconds:
+            spent = time.monotonic() - began
+            time.sleep(2e-4 if spent > 1e-3 else 0)
+        return over
+
+    def gather(self, items):
+        """Return every rank's items in one list, in the order of ranks. For a few numbers each."""
+        if self.size == 1:
+            return items
+        data, sizes = pickle.dumps(list(items), 5), np.empty(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([len(data)]), sizes))
+        found = bytearray(sizes.sum())
+        self.wait(self.comm.Iallgatherv(data, [found, sizes]))
+        found = io.BytesIO(found)
+        return [item for _ in sizes for item in pickle.load(found)]
+
+    def sum(self, parts):
+        """Add arrays of all ranks in shard order: each rank one slice of them, for all. So an array
+        crosses the network about twice, whatever the number of ranks."""
+        rows, counts = [to_host(part).reshape(-1) for part in parts], np.empty(self.size, np.int64)
+        self.wait(self.comm.Iallgather(np.array([len(rows)]), counts))  # shards of each rank
+        edges = [rows[0].size * rank // self.size for rank in range(self.size + 1)]
+        sent = np.concatenate([row[i:j] for i, j in itertools.pairwise(edges) for row in rows])
+        widths, total = np.diff(edges), np.empty_like(rows[0])
+        slices = np.empty((counts.sum(), widths[self.rank]), sent.dtype)
+        sizes = widths * len(rows), counts * widths[self.rank]
+        self.wait(self.comm.Ialltoallv([sent, sizes[0]], [slices, sizes[1]]))
+        self.wait(self.comm.Iallgatherv(sum_over_shards(slices), [total, widths]))
+        return array_module(parts[0]).asarray(total.reshape(parts[0].shape))
+
+
+ALONE = Ranks()
+# what launchers tell each process: how many they have started, and which it is
+LAUNCHERS = {"PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK"}
+LAUNCHERS |= {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID"}  # last: it may have started another launcher
+
+
+def ranks_started():
+    """Return the Ranks that mpiexec has started; ALONE, and nothing is imported, if it is one.
+    Raises ValueError, on the first of them, where mpi4py is missing or sees one process alone."""
+    size, rank = next((pair for pair in LAUNCHERS.items() if pair[0] in os.environ), ("", ""))
+    if int(os.environ.get(size, 1)) == 1:
+        return ALONE
+    try:
+        from mpi4py.MPI import COMM_TYPE_SHARED, COMM_WORLD
+
+        if COMM_WORLD.size == int(os.environ[size]):
+            return Ranks(COMM_WORLD, COMM_WORLD.Split_type(COMM_TYPE_SHARED))
+        wrong = "its MPI sees none of them, expected the mpiexec that belongs to it"
+    except (ImportError, RuntimeError) as error:  # the latter where it finds no MPI
+        wrong = f"{error}; expected pip install mpi4py mpich"
+    if int(os.environ[rank]):
+        raise SystemExit(2)  # one line is enough
+    raise ValueError(f"mpiexec: {os.environ[size]} ranks, but mpi4py: {wrong}")
+
+
+def sum_over_shards(parts, ranks=ALONE):
+    """Add arrays in shard order, of all ranks: the one place where sums over a batch are closed."""
+    return functools.reduce(lambda a, b: a + b, parts) if ranks.size == 1 else ranks.sum(parts)
 
 
 def exact_dtype(bound):
@@ -644,9 +724,10 @@ def moments(z):
     return found
 
 
-def batch_moments(zs, threads=None):
+def batch_moments(zs, threads=None, ranks=ALONE):
     """Return count, mean and variance (population) of all shards together, in shard order."""
-    counts, means, spreads = zip(*itertools.chain(*over_shards(moments, zs, threads=threads)))
+    found = ranks.gather(over_shards(moments, zs, threads=threads))
+    counts, means, spreads = zip(*itertools.chain(*found))
     count = sum(counts)
     mean = sum_over_shards([n * m for n, m in zip(counts, means)]) / count
     offsets = (n * (m - mean) ** 2 for n, m in zip(counts, means))
@@ -715,14 +796,15 @@ def activate_backward(da, inside):
     return da, {}
 
 
-def batch_norm(zs, gamma, beta, mean, var, training, how, threads=None, momentum=0.1):
+def batch_norm(zs, gamma, beta, mean, var, training, how, threads=None, momentum=0.1, ranks=ALONE):
     """The activation (`activate`, which takes `how`) of u = gamma (z - mean) / sqrt(var + eps) +
     beta, for all shards of a batch.
     The one layer in which images meet, so it takes the list of shards. Training uses the
     batch's own mean and variance and moves the running ones in place by the momentum, the
     variance unbiased (as PyTorch does); otherwise the running ones are used."""
+    count = None
     if training:
-        count, batch_mean, batch_var = batch_moments(zs, threads)
+        count, batch_mean, batch_var = batch_moments(zs, threads, ranks)
         for running, now in ((mean, batch_mean), (var, batch_var * count / max(count - 1, 1))):
             running *= 1 - momentum
             running += (momentum * now).astype(running.dtype)
@@ -732,7 +814,7 @@ def batch_norm(zs, gamma, beta, mean, var, training, how, threads=None, momentum
     inverse = (1 / array_module(var).sqrt(var + BATCH_NORM_EPS)).astype(dtype)
     norm = mean, (gamma * inverse).astype(dtype, copy=False), beta.astype(dtype, copy=False)
     outputs, inside = zip(*over_shards(lambda z: activate(z, *how, norm), zs, threads=threads))
-    return outputs, (zs, mean, inverse, gamma, inside, training)
+    return outputs, (zs, mean, inverse, gamma, inside, count)
 
 
 _NORM_SUMS = """
@@ -799,18 +881,17 @@ def _norm_input_gradient(z, du, mean, scale, level, slope):
     return du
 
 
-def batch_norm_backward(das, cache, threads=None):
+def batch_norm_backward(das, cache, threads=None, ranks=ALONE):
     """With x = (z - mean) / sqrt(var + eps) and du of `activate_backward`: dbeta = sum du,
     dgamma = sum du x, and dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without
     the last two terms where the running mean and variance were used. In place of da."""
-    zs, mean, inverse, gamma, inside, training = cache
+    zs, mean, inverse, gamma, inside, count = cache
     found = over_shards(lambda *a: _norm_sums(*a, mean), zs, das, inside, threads=threads)
     dus, sums = zip(*found)
-    dbeta, dgamma = sum_over_shards(sums)
+    dbeta, dgamma = sum_over_shards(ranks.gather(sums))
     dgamma = dgamma * inverse
-    count = sum(z.size // z.shape[-1] for z in zs)
-    level, slope = ((g / count).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
-    if not training:
+    level, slope = ((g / (count or 1)).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
+    if count is None:
         level, slope = 0 * level, 0 * slope
     how = mean, (gamma * inverse).astype(mean.dtype, copy=False), level, slope
     dzs = over_shards(lambda z, du: _norm_input_gradient(z, du, *how), zs, dus, threads=threads)
@@ -1027,56 +1108,59 @@ class LayerTape(NamedTuple):
 
 @one_blas_thread
 def forward(
-    net, params, x, activation="clamp", levels=None, shift=0.0, rng=None, threads=None, momentum=0.1
-):
+    net, params, x, activation="clamp", levels=None, shift=0.0, rng=None,
+    threads=None, momentum=0.1, ranks=ALONE,
+):  # fmt: skip
     """Run the CNN on x (N, H, W, C), floats in [0, 1]; return logits (N, classes) and a tape.
     activation is "relu", "clamp" or "quantize" (with levels L and shift 0 or 1/2). A Generator
     rng means training: dropout, and batch statistics, which move i.mean and i.var in place by the
-    momentum."""
+    momentum. A rank reads its own shards of x alone, has a tape of them, and returns all logits."""
     check_choice("activation", activation, ACTIVATIONS)
     if (activation == "quantize") != (levels is not None):
         raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
-    xs, unit, tape = [x[part] for part in shards(len(x))], 1, []
+    parts, unit, tape = shards(len(x)), 1, []
+    xs = [x[part] for part in ranks.ours(parts)]
     how = (activation, levels, shift)
     over = functools.partial(over_shards, threads=threads)
     for i, layer in enumerate(net):
         norm = inside = kept = None
         p = {name: params.get(f"{i}.{name}") for name in ("w", "b", "gamma", "beta", "mean", "var")}
-        xs, sums = _forward_linear(layer, p, xs, unit, over)
+        xs, sums = _forward_linear(layer, p, xs, unit, over, parts[0].stop)
         if layer.norm:
             stats = list(p.values())[2:]
-            xs, norm = batch_norm(xs, *stats, rng is not None, how, threads, momentum)
+            xs, norm = batch_norm(xs, *stats, rng is not None, how, threads, momentum, ranks)
         elif layer.kind == "pool" and activation == "quantize":
             xs = over(lambda u: array_module(u).floor(u * (levels / unit) + shift), xs)
         elif layer.kind != "pool" and i < len(net) - 1:
             xs, inside = zip(*over(lambda u: activate(u, *how), xs))
         if rng is not None and layer.kind == "conv" and layer.dropout:
-            seeds = [int(seed) for seed in rng.integers(2**63, size=len(xs))]
+            seeds = ranks.ours([int(seed) for seed in rng.integers(2**63, size=len(parts))])
             xs, kept = zip(*over(lambda a, seed: dropout(a, layer.dropout, seed), xs, seeds))
         tape.append(LayerTape(unit, sums, norm, inside, kept, xs))
         unit = levels or 1
-    return array_module(x).concatenate(xs), tape
+    return array_module(x).concatenate(ranks.gather(xs)), tape
 
 
-def _forward_linear(layer, p, xs, unit, over):
+def _forward_linear(layer, p, xs, unit, over, images):
     """The weighted sum on all shards, of inputs that are activations times unit, and the bias;
-    or the mean of a pooling, which keeps the unit so that whole numbers stay whole."""
+    or the mean of a pooling, which keeps the unit so that whole numbers stay whole. The batch's
+    first shard, not a rank's, has so many images: every rank takes the same algorithm."""
     if layer.kind == "pool":
         zs, caches = zip(*over(lambda x: sum_pool(x, layer.size, x.dtype), xs))
         return over(lambda z: z / layer.size**2, zs), caches
     w = every_position(layer, p["w"], xs[0].shape[1:]) / unit
-    if takes_winograd(layer, w, xs[0].shape):
+    if takes_winograd(layer, w, (images, *xs[0].shape[1:])):
         w = winograd_kernel(w, layer.stride)
     zs, caches = zip(*over(lambda x: linear(layer, x, w), xs))
     return zs if layer.norm else over(lambda z: z + p["b"], zs), caches
 
 
 @one_blas_thread
-def backward(net, params, tape, dlogits, threads=None):
+def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
     """Return the gradients of the loss by all trained parameters, from dlogits (N, classes)."""
     grads = {}
     over = functools.partial(over_shards, threads=threads)
-    das = [dlogits[part] for part in shards(len(dlogits))]
+    das = [dlogits[part] for part in ranks.ours(shards(len(dlogits)))]
     for i in reversed(range(len(net))):
         layer, entry = net[i], tape[i]
         if entry.kept is not None:
@@ -1086,18 +1170,18 @@ def backward(net, params, tape, dlogits, threads=None):
         if layer.kind == "pool":
             das = over(lambda du: du / layer.size**2, das)
         elif layer.norm:
-            das, norm_grads = batch_norm_backward(das, entry.norm, threads)
+            das, norm_grads = batch_norm_backward(das, entry.norm, threads, ranks)
             grads |= {f"{i}.{name}": g for name, g in norm_grads.items()}
         else:
             sums = over(lambda du: du.reshape(-1, du.shape[-1]).sum(0), das)
-            grads[f"{i}.b"] = sum_over_shards(sums)
-        das, dw = _backward_linear(layer, params.get(f"{i}.w"), entry, das, i > 0, over)
+            grads[f"{i}.b"] = sum_over_shards(sums, ranks)
+        das, dw = _backward_linear(layer, params.get(f"{i}.w"), entry, das, i > 0, over, ranks)
         if dw is not None:
             grads[f"{i}.w"] = dw
     return grads
 
 
-def _backward_linear(layer, w, entry, das, input_gradient, over):
+def _backward_linear(layer, w, entry, das, input_gradient, over, ranks):
     """The derivative by the inputs, as activations, of each shard, and by the weights."""
 
     caches = entry.sums
@@ -1111,7 +1195,7 @@ def _backward_linear(layer, w, entry, das, input_gradient, over):
     dxs, parts = zip(*over(lambda *a: linear_backward(layer, *a, input_gradient), das, caches))
     if layer.kind == "pool":
         return dxs, None
-    dw = sum_over_shards([part["w"] for part in parts]) / entry.unit
+    dw = sum_over_shards([part["w"] for part in parts], ranks) / entry.unit
     dw = winograd_kernel_backward(dw, layer.stride) if winograd else dw
     if dw.shape != w.shape:  # one w for every position, divided by their number
         dw = dw.reshape(-1, *w.shape).mean(0)
@@ -1259,28 +1343,29 @@ def turn_about_middle(images, row, column, angle):
     return upper * (1 - below) + lower * below
 
 
-def augment(images, mirrored, move, rng, turn=0.0, noise=0.0, cutout=0):
+def augment(images, mirrored, move, rng, turn=0.0, noise=0.0, cutout=0, part=slice(None)):
     """Change images (N, H, W, C) uint8 at random, as many pixels uint8 again: mirror those of
     mirrored (N,) bool, shift each by up to `move` pixels each way and turn it by up to `turn`
     degrees, every pixel looked up where it comes from and the border reflected; add Gaussian
     noise of deviation `noise` (white is 1); paint a square of `cutout` pixels a side, its middle
-    anywhere, in the image's mean colour."""
-    xp = array_module(images)
-    n, height, width, _ = images.shape
-    down, right = xp.asarray(rng.integers(-move, move + 1, (2, n, 1)))
+    anywhere, in the image's mean colour. Draws for all images; returns those of `part`."""
+    xp, shape = array_module(images), images.shape
+    n, height, width, _ = shape
+    images, mirrored = images[part], mirrored[part]
+    down, right = xp.asarray(rng.integers(-move, move + 1, (2, n, 1))[:, part])
     column = xp.arange(width)
     column = (xp.where(mirrored[:, None], width - 1 - column, column) + right)[:, None]
     row = (xp.arange(height) + down)[:, :, None]  # (N, H, 1), and columns (N, 1, W)
     if turn:
-        angle = xp.asarray(np.deg2rad(rng.uniform(-turn, turn, n)))
+        angle = xp.asarray(np.deg2rad(rng.uniform(-turn, turn, n)[part]))
         images = turn_about_middle(images, row, column, angle)
     else:
         images = look_up(images, row, column)
     if noise:
         device_rng = xp.random.default_rng(int(rng.integers(2**63)))
-        images = images + 255 * noise * device_rng.standard_normal(images.shape, dtype=np.float32)
+        images = images + 255 * noise * device_rng.standard_normal(shape, dtype=np.float32)[part]
     if cutout:
-        corner = xp.asarray(rng.integers((height, width), size=(n, 2)) - cutout // 2)
+        corner = xp.asarray(rng.integers((height, width), size=(n, 2))[part] - cutout // 2)
         rows, columns = (xp.arange(k) - corner[:, [a]] for a, k in enumerate((height, width)))
         rows, columns = ((a >= 0) & (a < cutout) for a in (rows, columns))
         hidden = (rows[:, :, None] & columns[:, None])[..., None]
@@ -1319,7 +1404,9 @@ def first_not_finite(net, params, tape, logits):
 
 
 @one_blas_thread
-def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progress, threads=None):
+def train_epoch(
+    net, params, state, images, labels, recipe, seed, epoch, progress, threads=None, ranks=ALONE
+):
     """Train for the run's epoch number `epoch` (from 0); params and optimiser state in place.
     images (N, H, W, C) uint8, labels (N,). All randomness comes from seed and epoch, so that
     an epoch can be run again to the same bits. progress(n) is told of every n images done.
@@ -1335,13 +1422,17 @@ def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progres
     for start in range(0, n, recipe.batch):
         chosen = order[start : start + recipe.batch]
         changes = recipe.move, rng, recipe.turn, recipe.noise, recipe.cutout
-        pixels = augment(images[chosen], mirrored[chosen], *changes)
-        x = network_input(pixels, recipe.steps, recipe.encoding)
-        logits, tape = forward(net, params, x, *recipe.how(activation), rng, threads)
+        team = ranks.of(len(chosen))
+        ours = team.ours(shards(len(chosen)))
+        ours = slice(ours[0].start, ours[-1].stop)
+        pixels = augment(images[chosen], mirrored[chosen], *changes, ours)
+        x = xp.empty((len(chosen), *pixels.shape[1:]), np.float32)  # filled where forward reads it
+        x[ours] = network_input(pixels, recipe.steps, recipe.encoding)
+        logits, tape = forward(net, params, x, *recipe.how(activation), rng, threads, ranks=team)
         batch_loss, dlogits = cross_entropy(logits, labels[chosen], recipe.smoothing)
         first = (origin < 0) & ~xp.isfinite(batch_loss)
         origin = xp.where(first, first_not_finite(net, params, tape, logits), origin)
-        grads = backward(net, params, tape, dlogits, threads)
+        grads = backward(net, params, tape, dlogits, threads, team)
         del tape  # its memory serves the next batch
         rate = rate_at((epochs_done + start / n) / epochs, recipe.lr)
         OPTIMIZERS[recipe.optimizer](params, grads, state, rate, threads)
@@ -1352,11 +1443,15 @@ def train_epoch(net, params, state, images, labels, recipe, seed, epoch, progres
         where = f"layer {int(origin)} ({net[int(origin)].kind})"
         wrong = f"epoch {epoch + 1} ({activation}): the loss is {float(loss)}"
         raise FloatingPointError(f"{wrong}, which began in {where}")
+    if ranks.size > 1:
+        bits = hashlib.sha256(b"".join(to_host(a).tobytes() for a in params.values())).digest()
+        if len(set(ranks.gather([bits]))) > 1:
+            raise ValueError("ranks: other parameters on each, expected machines of the same kind")
     return float(loss) / n, float(correct) / n
 
 
 @one_blas_thread
-def take_statistics(net, params, images, recipe, rng, threads=None):
+def take_statistics(net, params, images, recipe, rng, threads=None, ranks=ALONE):
     """Take i.mean and i.var anew for the quantised network, in place: their average over batches
     of the training images (N, H, W, C) as they are, neither moved nor cut, with weights at rest.
     Running statistics are those of augmented images, and lag behind the weights."""
@@ -1365,18 +1460,18 @@ def take_statistics(net, params, images, recipe, rng, threads=None):
     for k, start in enumerate(range(0, len(images) - few + 1, few), 1):
         chosen = array_module(images).asarray(order[start : start + few])
         x = network_input(images[chosen], recipe.steps, recipe.encoding)
-        forward(net, params, x, *recipe.how("quantize"), rng, threads, momentum=1 / k)
+        forward(net, params, x, *recipe.how("quantize"), rng, threads, 1 / k, ranks.of(few))
 
 
 @one_blas_thread
-def accuracy(net, params, images, labels, recipe, activation, batch=250, threads=None):
+def accuracy(net, params, images, labels, recipe, activation, batch=250, threads=None, ranks=ALONE):
     """Return the fraction of images (N, H, W, C) uint8 that the CNN classifies as labelled."""
     correct = 0  # stays on the device until the end
-    for start in range(0, len(images), batch):
+    for start in ranks.ours(range(0, len(images), batch)):
         x = network_input(images[start : start + batch], recipe.steps, recipe.encoding)
         logits, _ = forward(net, params, x, *recipe.how(activation), threads=threads)
         correct = correct + (logits.argmax(1) == labels[start : start + batch]).sum()
-    return int(correct) / len(images)
+    return sum(ranks.gather([int(correct)])) / len(images)
 
 
 # 5  Conversion: a trained CNN becomes whole numbers -----------------------------------------------
@@ -1951,14 +2046,17 @@ def predicted(snn, images):
 
 
 @one_blas_thread
-def evaluate(snn, images, labels, schedules, *, batch=250, progress=lambda n: None, threads=None):
+def evaluate(
+    snn, images, labels, schedules, *, batch=250, progress=lambda n: None, threads=None, ranks=ALONE
+):
     """Classify images (N, H, W, C) uint8 with the integer CNN and the SNN of each schedule.
     Returns integer_accuracy and, for each schedule: accuracy, curve (accuracy after t = 1 to T
     of the last layer's steps), wrong_counts (fraction of each firing layer's neurons whose
     count is not the integer CNN's), spikes_per_neuron, synops_per_image, steps_to_answer,
-    neurobench and seconds. progress(n) is told of n images of a schedule."""
+    neurobench and seconds (the mean of ranks). progress(n) is told of n images of a schedule."""
     n, correct, rows = len(images), 0, {s: [] for s in schedules}
-    for start in range(0, n, batch):
+    images, labels = ranks.ours(images), ranks.ours(labels)
+    for start in range(0, len(images), batch):
         k0, truth = predicted(snn, images[start : start + batch]), labels[start : start + batch]
         reference = integer_forward(snn, k0, threads)
         correct += int((reference.logits.argmax(1) == truth).sum())
@@ -1972,11 +2070,12 @@ def evaluate(snn, images, labels, schedules, *, batch=250, progress=lambda n: No
             spikes = sum(int(c.sum()) for c in run.counts)
             synops = int(run.synops.sum()), *effective_operations(snn, k0, run.counts)
             rows[schedule].append((right, wrong, spikes, synops, seconds))
-            progress(len(k0))
+            progress(len(k0) * ranks.size)
     neurons = np.array([n * math.prod(shape) for shape in snn.shapes[1:-1]])
     report = {}
     for schedule, parts in rows.items():
-        right, wrong, spikes, synops, seconds = (sum(map(np.asarray, p)) for p in zip(*parts))
+        every = zip(*ranks.gather(parts))
+        right, wrong, spikes, synops, seconds = (sum(map(np.asarray, p)) for p in every)
         report[schedule] = {
             "accuracy": float(right[-1] / n),
             "curve": (right / n).tolist(),
@@ -1985,17 +2084,17 @@ def evaluate(snn, images, labels, schedules, *, batch=250, progress=lambda n: No
             "synops_per_image": float(synops[0] / n),
             "steps_to_answer": steps_to_answer(snn, schedule),
             "neurobench": neurobench(snn, schedule, n, int(spikes), synops[1:].tolist()),
-            "seconds": float(seconds),
+            "seconds": float(seconds) / ranks.size,
         }
-    return correct / n, report
+    return sum(ranks.gather([correct])) / n, report
 
 
 @one_blas_thread
-def moved_levels(net, params, snn, images, recipe, batch=100, threads=None):
+def moved_levels(net, params, snn, images, recipe, batch=100, threads=None, ranks=ALONE):
     """Return, for each firing layer, the fraction of levels of the CQ network (L = T) that the
     integer CNN has otherwise: what rounding the weights has moved. images (N, H, W, C) uint8."""
     moved = 0
-    for start in range(0, len(images), batch):
+    for start in ranks.ours(range(0, len(images), batch)):
         part = images[start : start + batch]
         x = network_input(part, snn.steps, snn.encoding)
         _, tape = forward(net, params, x, *recipe.how("quantize"), threads=threads)
@@ -2003,7 +2102,7 @@ def moved_levels(net, params, snn, images, recipe, batch=100, threads=None):
         xp, pairs = array_module(x), zip(tape, exact)
         moved += np.array([int((xp.concatenate(t.outputs) != c).sum()) for t, c in pairs])
     neurons = np.array([len(images) * math.prod(shape) for shape in snn.shapes[1:-1]])
-    return (moved / neurons).tolist()
+    return (sum(ranks.gather([moved])) / neurons).tolist()
 
 
 class LayerCertificate(NamedTuple):

@@ -47,6 +47,8 @@ NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
 SCHEDULES = ("streaming", "1", "2", "4", "synchronous")
 _CIFAR_SCHEDULES = ("streaming", "1", "2", "4", "8", "synchronous")
 DATASET_SCHEDULES = {"cifar10": _CIFAR_SCHEDULES, "cifar100": _CIFAR_SCHEDULES}
+VERSIONS = {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
+VERSIONS |= {"python": platform.python_version()}
 OTHER_IMAGES = 1000  # on which the encoding that the network was not trained for is shown
 
 
@@ -187,13 +189,17 @@ def cpu_name():
     return f"{name}, {cqsnn.CORES} cores"
 
 
-def array_library(device):
-    """Return (numpy or cupy, its name) for --device; CuPy is imported only here."""
+def array_library(device, local=None):
+    """Return (numpy or cupy, its name) for --device, a GPU a rank; CuPy is imported only here."""
     if device == "cpu":
         return np, cpu_name()
     try:
         import cupy
 
+        if local and (gpus := cupy.cuda.runtime.getDeviceCount()):
+            cupy.cuda.Device(local.rank % gpus).use()
+            if local.rank == 0 and local.size > gpus:
+                print(f"warning: {local.size} ranks share {gpus} GPUs", file=sys.stderr)
         cupy.zeros(1)  # fails without a driver or a GPU
         return cupy, cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     except ImportError:
@@ -207,6 +213,8 @@ def array_library(device):
 
 def load_data(args, xp):
     """Return (images, labels) to train and to test on the device, at most --limit of each."""
+    if args.download and args.ranks.rank:
+        args.ranks.gather([])  # until the first rank has fetched them
     data_dir = Path(args.data_dir)
     beside = (Path(cqsnn.__file__).parent / "data", Path(sys.prefix) / "share" / "cqsnn")
     for folder in beside if args.dataset == "digits" and args.data_dir == "data" else ():
@@ -221,6 +229,8 @@ def load_data(args, xp):
         with Bar(total, f"downloading {args.dataset}", "B") as progress:
             cqsnn.download(args.dataset, data_dir, progress.update)
         parts = cqsnn.load_dataset(args.dataset, data_dir)
+    if args.download and args.ranks.rank == 0:
+        args.ranks.gather([])
     if args.hold_out is not None:
         cqsnn.check_range("--hold-out", args.hold_out, 1, len(parts[0][0]) - 1)
         cut = len(parts[0][0]) - args.hold_out
@@ -374,17 +384,17 @@ def train(args, recipe, net, folder, data, xp):
         began = time.perf_counter()
         with Bar(len(images), f"epoch {epoch + 1}/{epochs} {activation}") as progress:
             loss, right = cqsnn.train_epoch(
-                *(net, params, state, images, labels, recipe, args.seed, epoch),
-                progress.update,
-                args.threads,
+                *(net, params, state, images, labels, recipe, args.seed, epoch, progress.update),
+                **args.how,
             )
         seconds = time.perf_counter() - began
-        tested = cqsnn.accuracy(net, params, *test, recipe, activation, threads=args.threads)
+        tested = cqsnn.accuracy(net, params, *test, recipe, activation, **args.how)
         line = {"epoch": epoch + 1, "stage": activation, "loss": loss, "train_accuracy": right}
         meta["log"].append(line | {"test_accuracy": tested, "seconds": round(seconds, 2)})
         meta["epoch"] = epoch + 1
-        cqsnn.save_model(folder / "model.npz", params, state, meta)
-        write_json(folder / "log.jsonl", *meta["log"])
+        if args.ranks.rank == 0:
+            cqsnn.save_model(folder / "model.npz", params, state, meta)
+            write_json(folder / "log.jsonl", *meta["log"])
         print(
             f"epoch {epoch + 1:3}/{epochs}  {activation:8}  loss {loss:6.4f}  train {right:.4f}  "
             f"test {tested:.4f}  {len(images) / seconds:6.0f} images/s",
@@ -392,8 +402,9 @@ def train(args, recipe, net, folder, data, xp):
         )
     if not meta.get("finished"):
         rng, meta["finished"] = np.random.default_rng([args.seed, epochs]), True
-        cqsnn.take_statistics(net, params, images, recipe, rng, args.threads)
-        cqsnn.save_model(folder / "model.npz", params, state, meta)
+        cqsnn.take_statistics(net, params, images, recipe, rng, **args.how)
+        if args.ranks.rank == 0:
+            cqsnn.save_model(folder / "model.npz", params, state, meta)
     return params, meta
 
 
@@ -408,9 +419,7 @@ def simulate(args, snn, test, brief=False):
     schedules = schedules_of(args, brief)
     label = f"simulating {snn.weight_bits} bits, {snn.encoding} input"
     with Bar(len(test[0]) * len(schedules), label) as progress:
-        exact, rows = cqsnn.evaluate(
-            snn, *test, schedules, progress=progress.update, threads=args.threads
-        )
+        exact, rows = cqsnn.evaluate(snn, *test, schedules, progress=progress.update, **args.how)
     macs = cqsnn.macs(snn)
     figures = {"integer_accuracy": exact, "snn_accuracy": {}}
     for schedule, row in rows.items():
@@ -671,7 +680,7 @@ def stage_accuracies(args, recipe, net, params, log, test):
         if tested and stage != "quantize":
             found[name] = tested[-1]
         elif stage != "relu":  # quantised: with the statistics taken anew since
-            found[name] = cqsnn.accuracy(net, params, *test, recipe, stage, threads=args.threads)
+            found[name] = cqsnn.accuracy(net, params, *test, recipe, stage, **args.how)
     return found
 
 
@@ -685,7 +694,8 @@ def forecast(args, recipe, net, params, data, epochs):
         began = time.perf_counter()
         cqsnn.train_epoch(
             *(net, {k: a.copy() for k, a in params.items()}, {}, images[:few], labels[:few]),
-            *(recipe, args.seed, 0, lambda n: None, args.threads),
+            *(recipe, args.seed, 0, lambda n: None),
+            **args.how,
         )
         seconds = (time.perf_counter() - began) / few
     forwards = 0
@@ -707,8 +717,7 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
     report = {
         "command": " ".join(["python train_cq.py", *args.command]),
         "seed": args.seed,
-        "versions": {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
-        | {"python": platform.python_version()},
+        "versions": VERSIONS,
         "device": device,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **{n: getattr(args, n) for n in ("dataset", "hold_out", "limit")},
@@ -728,20 +737,21 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
         row = {"weight_bits": bits} | simulate(args, snn, test, brief=bool(rows))
         row |= {"seconds": seconds | row["seconds"], "scales": cqsnn.scales(net, params, snn)}
         if recipe.levels == recipe.steps:
-            how = {"threads": args.threads}
-            row["moved_levels"] = cqsnn.moved_levels(net, params, snn, test[0], recipe, **how)
+            row["moved_levels"] = cqsnn.moved_levels(net, params, snn, test[0], recipe, **args.how)
         if not rows:
-            cqsnn.save_snn(folder / "snn.npz", snn)
             print_result(args.dataset, snn, report | row)
+        if not rows and args.ranks.rank == 0:
+            cqsnn.save_snn(folder / "snn.npz", snn)
         rows.append(row)
     report |= rows[0] | {"bits": rows}
-    operations = 6 * report["macs_per_image"]  # forward, and backward twice that; 2 to a MAC
-    report["pflop"] = operations * len(images) * sum(report["epochs"].values()) / 1e15
+    trained = len(images) * sum(report["epochs"].values())  # forward, and backward twice that
+    report["pflop"] = 6 * report["macs_per_image"] * trained / 1e15
     if len(rows) > 1:
         print_widths(report)
     convert_other_encoding(args, report, convert, test)
-    write_json(folder / "report.json", report)
-    draw(folder, report, meta["log"], cqsnn.load_snn(folder / "snn.npz"), test[0][:20])
+    if args.ranks.rank == 0:
+        write_json(folder / "report.json", report)
+        draw(folder, report, meta["log"], cqsnn.load_snn(folder / "snn.npz"), test[0][:20])
     print(f"\nwritten to {folder}: snn.npz, report.json, log.jsonl and pictures (.png)")
 
 
@@ -757,7 +767,7 @@ def train_and_convert(args):
     """The main job: both stages, conversion, all schedules."""
     recipe = chosen_recipe(args)
     check_arguments(args, recipe.steps)
-    xp, device = array_library(args.device)
+    xp, device = array_library(args.device, args.ranks.local)
     if args.tf32 and xp is np:
         raise ValueError(f"--tf32: training on a CPU ({device}), expected a GPU")
     data = load_data(args, xp)
@@ -773,7 +783,9 @@ def train_and_convert(args):
         f"network {recipe.net}; {stages}; T = {recipe.steps}; {folder}",
         flush=True,
     )
-    with locked(folder):
+    if args.ranks.size > 1:
+        print(f"{args.ranks.size} ranks, processes", *args.ranks.gather([os.getpid()]), flush=True)
+    with locked(folder) if args.ranks.rank == 0 else contextlib.nullcontext():
         params, meta = train(args, recipe, net, folder, data, xp)
         convert_and_report(args, recipe, net, params, meta, folder, data, device)
 
@@ -891,7 +903,7 @@ def simulate_file(args):
     if args.export_nir:
         export_nir(args.export_nir, snn)
         return
-    xp, device = array_library(args.device)
+    xp, device = array_library(args.device, args.ranks.local)
     test = load_data(args, xp)[1]
     if args.digest or args.explain or args.record:
         (digest if args.digest else explain if args.explain else record)(args, snn, test)
@@ -900,7 +912,7 @@ def simulate_file(args):
     report |= {"dataset": args.dataset, "steps": snn.steps, "encoding": snn.encoding}
     report |= simulate(args, snn, test)
     print_result(f"{args.simulate}: {args.dataset}", snn, report)
-    if args.out:
+    if args.out and args.ranks.rank == 0:
         with locked(Path(args.out)):
             write_json(Path(args.out) / "report.json", report)
             draw(Path(args.out), report, (), snn, test[0][:20])
@@ -952,33 +964,53 @@ def explain(args, snn, test):
                 save_pictures(Path(args.out), {f"explain-{index}-{schedule}": picture})
 
 
+def end(ranks, status, text):
+    """Say in one line why a run ends, and by which rank unless by all; end the others. Return the
+    exit status. A higher rank waits longer for the others, so that only one speaks."""
+    together = ranks.size == 1 or ranks.wait(ranks.ending.Ibarrier(), 1 + min(ranks.rank / 8, 3))
+    if ranks.rank == 0 or not together:
+        print("" if together else f"rank {ranks.rank}: ", text, sep="", file=sys.stderr, flush=True)
+    if ranks.size > 1:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # one line is enough: MPI's own go nowhere
+    if not together:
+        ranks.comm.Abort(status)
+    return status
+
+
 def main(command=None):
     """Run the command line; return its exit status: 0, 2 for bad input, 130 for Ctrl-C."""
-    args, command = None, sys.argv[1:] if command is None else command
+    args, ranks, command = None, cqsnn.ALONE, sys.argv[1:] if command is None else command
     cqsnn.keep_freed_memory()
-    warnings.showwarning = lambda text, *_: print(f"warning: {text}", file=sys.stderr)
+    warnings.showwarning = lambda text, *_: ranks.rank or print(f"warning: {text}", file=sys.stderr)
     # training says itself, in one line, where a loss ceased to be finite
     warnings.filterwarnings("ignore", "(overflow|invalid value|divide by zero) enc", RuntimeWarning)
     try:
+        ranks = cqsnn.ranks_started()
+        if ranks.rank:  # the first one speaks for all
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         args = parser().parse_args(command)
-        args.command = command
+        args.command, args.ranks = command, ranks
+        args.how = {"threads": args.threads or ranks.threads, "ranks": ranks}
         for name in ("certify", "explain", "digest", "record", "export_nir"):
             if getattr(args, name) and not args.simulate:
                 wrong = f"--{name.replace('_', '-')}: no network to ask about"
                 raise ValueError(f"{wrong}, expected --simulate SNN.npz with it")
+            if getattr(args, name) and ranks.size > 1:
+                raise ValueError(f"--{name.replace('_', '-')}: {ranks.size} ranks, expected one")
         (simulate_file if args.simulate else train_and_convert)(args)
     except KeyboardInterrupt:
         folder = getattr(args, "folder", None)
         begun = folder is not None and (folder / "model.npz").exists()
         hint = "; the same command with --resume goes on" if begun else ""
-        print(f"interrupted{hint}", file=sys.stderr)
-        return 130
+        return end(ranks, 130, f"interrupted{hint}")
     except FloatingPointError as error:
-        print(f"train_cq: {error}; expected a finite one: try a lower --lr", file=sys.stderr)
-        return 1
+        return end(ranks, 1, f"train_cq: {error}; expected a finite one: try a lower --lr")
     except (ValueError, OSError) as error:
-        print(f"train_cq: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return end(ranks, 2, f"train_cq: {' '.join(str(error).split())}")
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        return end(ranks, 1, f"train_cq: {type(error).__name__}: {error}")
     return 0
 
 
