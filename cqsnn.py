@@ -1730,13 +1730,14 @@ class Sums:
         layer = self.layer = snn.layers[i]
         self.integer = integer or integer_dtype(largest_sum(layer, largest, steps))
         self.b = xp.asarray(0 if layer.b is None else layer.b, self.integer)
-        self.w = xp.ones((), exact_dtype(largest_sum(layer, largest, 0)))
+        bound = largest_sum(layer, largest, 0)
         if xp is not np:
             use_tf32(False)
         if layer.w is None:
+            self.w = xp.ones((), exact_dtype(bound))
             return
         self.unit = unit = 1 if (layer.w % snn.unit).any() else snn.unit
-        carrier = exact_dtype(largest_sum(layer, largest, 0) // unit)
+        carrier = exact_dtype(bound // unit)
         self.w = xp.asarray(layer.w, carrier)
         if takes_winograd(layer, self.w, (images, *snn.shapes[i])):
             kernel = winograd_kernel(self.w.astype(np.float32), layer.stride)  # of F / 4 at least
@@ -1934,7 +1935,8 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
         input_, v0 = snn.largest_input(i), int(abs(layer.v0).max())
         integer = integer_dtype(snn.steps * largest_sum(layer, input_, 1) + v0)
         one = Sums(snn, i, xp, input_, 1, batch * chunk, integer)
-        sums.append((one, Sums(snn, i, xp, input_ * delay, delay, batch, integer)))
+        first = Sums(snn, i, xp, input_ * delay, delay, batch, integer) if delay else None
+        sums.append((one, first))
     blocks = [k0[start : start + batch] for start in range(0, len(k0), batch)]
     how = (delay, chunk, record)
     runs = over_shards(lambda block: _run_block(snn, sums, block, *how), blocks, threads=threads)
