@@ -31,7 +31,7 @@ from cqsnn import Recipe
 # net, epochs of the ReLU, clamp and quantise stages, optimiser, rate, batch
 _LENET = Recipe(*("lenet*", 0, 1, 5, "muon", 0.09, 256), move=2, steps=48, levels=48)
 _ALLCONV = Recipe(
-    *("allconv", 0, 1, 18, "muon", 0.13, 500),
+    *("allconv", 0, 1, 26, "muon", 0.13, 500),
     **{"smoothing": 0.2, "move": 3, "flip": True, "cutout": 8, "whiten": True},
     **{"encoding": "direct", "steps": 16, "levels": 16},
 )
