@@ -62,6 +62,7 @@ class Parser(argparse.ArgumentParser):
 def parser():
     """Return the command line; an option that is not given is None: the recipe decides."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(ranks=cqsnn.ALONE)
     data = p.add_argument_group("data")
     data.add_argument("--dataset", default="digits", help=", ".join(cqsnn.DATASETS))
     data.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets lie")
