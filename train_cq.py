@@ -89,8 +89,7 @@ def parser():
     asked.add_argument("--digest", action="store_true", help=text)
     text = "write the spikes of test images, by --limit and one --schedule, as golden vectors"
     asked.add_argument("--record", metavar="VECTORS.npz", help=text)
-    text = "write it as a NIR graph (package nir)"
-    asked.add_argument("--export-nir", metavar="FILE.nir", help=text)
+    asked.add_argument("--export-nir", metavar="FILE.nir", help="write a NIR graph (package nir)")
     run = p.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, metavar="N")
     run.add_argument("--device", default="auto", help="auto, cpu or gpu")
