@@ -1930,26 +1930,31 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     delay = delay_of(schedule, snn.steps)
     xp = array_module(k0)
     batch, chunk = memory_limits(snn, xp, len(k0), batch, chunk, threads or CORES)
-    sums = []
-    for i, layer in enumerate(snn.layers):
-        input_, v0 = snn.largest_input(i), int(abs(layer.v0).max())
-        integer = integer_dtype(snn.steps * largest_sum(layer, input_, 1) + v0)
-        one = Sums(snn, i, xp, input_, 1, batch * chunk, integer)
-        first = Sums(snn, i, xp, input_ * delay, delay, batch, integer) if delay else None
-        sums.append((one, first))
+
+    def prepared(i, layer):
+        largest, v0 = snn.largest_input(i), int(abs(layer.v0).max())
+        integer = integer_dtype(snn.steps * largest_sum(layer, largest, 1) + v0)
+        first = Sums(snn, i, xp, largest * delay, delay, batch, integer) if delay else None
+        if delay == snn.steps and layer.fires:  # nothing is left after the delay
+            return first, first
+        return Sums(snn, i, xp, largest, 1, batch * chunk, integer), first
+
+    layers = range(len(snn.layers)), snn.layers
+    sums = over_shards(prepared, *layers, threads=threads if xp is np else 1)
     blocks = [k0[start : start + batch] for start in range(0, len(k0), batch)]
     how = (delay, chunk, record)
     runs = over_shards(lambda block: _run_block(snn, sums, block, *how), blocks, threads=threads)
-    counts, over_time, spikes, left = zip(*runs)
+    counts, over_time, spikes, left, synops = zip(*runs)
     counts, left = ([xp.concatenate(parts) for parts in zip(*lists)] for lists in (counts, left))
     over_time = xp.concatenate(over_time, axis=1)
     spikes = [xp.concatenate(parts, axis=1) for parts in zip(*spikes)]
     recorded = (spikes, left) if record else (None, None)
-    return Run(counts, over_time[-1], over_time, synaptic_operations(snn, k0, counts), *recorded)
+    return Run(counts, over_time[-1], over_time, xp.concatenate(synops), *recorded)
 
 
 def _run_block(snn, sums, k0, delay, chunk, record):
-    """Simulate some images; return counts, logits over time, spikes (to record), potentials."""
+    """Simulate some images; return counts, logits over time, spikes (to record), potentials and
+    SynOps."""
     xp, populations = array_module(k0), []
     below = Source(k0, snn.steps, snn.encoding)
     for (step_sums, first_sums), shape in zip(sums[:-1], snn.shapes[1:-1]):
@@ -1964,7 +1969,8 @@ def _run_block(snn, sums, k0, delay, chunk, record):
         logits = over_time[-1][-1]
     spikes = [xp.concatenate(p.kept) for p in populations if record]
     counts, potentials = [p.total for p in populations], [p.v for p in populations]
-    return counts, xp.concatenate(over_time), spikes, potentials
+    synops = synaptic_operations(snn, k0, counts)
+    return counts, xp.concatenate(over_time), spikes, potentials, synops
 
 
 def fan_out(layer, shape):

@@ -561,13 +561,14 @@ def draw_training(pyplot, log):
         values = [line[f"{part}_accuracy"] for line in log]
         bottom.plot(epochs, values, color=COLOURS[i], linestyle=STYLES[i], marker=".", label=part)
     bottom.set_xlabel("epoch")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     bottom.set_ylabel("accuracy (train: as augmented)")
     bottom.legend(loc="lower right")
     starts = {line["stage"]: line["epoch"] for line in reversed(log)}
     for stage, epoch in starts.items():
         for axes in (top, bottom):
             axes.axvline(epoch - 0.5, color="0.6", linewidth=0.8)
-        top.text(epoch - 0.4, top.get_ylim()[1], stage, va="bottom", fontsize=8)
+        top.text(epoch - 0.4, top.get_ylim()[1], stage, va="top", fontsize=8, rotation=90)
     return figure
 
 

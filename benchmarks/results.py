@@ -12,7 +12,13 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_cq
+from cqsnn import Recipe
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LARGEST = 4 * 2**20  # bytes of an SNN file that is kept
@@ -50,8 +56,16 @@ def minutes(seconds):
 
 
 def command(report):
-    """Return a run's command without what belongs to one machine: folders, and --resume."""
+    """Return a run's command without what belongs to one machine (folders, --resume), and with
+    options for what the data set's recipe said then and says no more."""
     text = re.sub(r" --(out|threads) \S+| --resume", "", report["command"])
+    words = text.replace("python train_cq.py", "").split()
+    now = asdict(train_cq.chosen_recipe(train_cq.parser().parse_args(words)))
+    for name, value in (asdict(Recipe("")) | report["recipe"]).items():
+        if value != now[name]:
+            flag = name.replace("_", "-")
+            on = isinstance(value, bool)
+            text += f" --{'' if value or not on else 'no-'}{flag}" + (f" {value}" * (not on))
     return re.sub(r"--data-dir \S+", "--data-dir DIR", text)
 
 
