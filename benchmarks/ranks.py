@@ -113,13 +113,22 @@ def exchanges(name, batch, shards):
     of each channel; the logits are gathered last here; weights and bias are summed."""
     net, found = cqsnn.NETWORKS[name], []
     params = cqsnn.init_params(net, SHAPES[name], 10, np.random.default_rng(0))
-    images = batch // shards
+    images, before = batch // shards, SHAPES[name]
     for i, (layer, shape) in enumerate(zip(net, cqsnn.output_shapes(net, SHAPES[name], 10))):
         if layer.norm:
             blocks = len(list(cqsnn.cached_blocks((images, *shape))))
             found += [("gather", blocks * (8 + 16 * shape[-1])), ("gather", 16 * shape[-1])]
         for key in (f"{i}.w", f"{i}.b"):
-            found += [("sum", params[key].nbytes)] if key in params else []
+            if key in params:
+                w = (
+                    cqsnn.every_position(layer, params[key], before)
+                    if key[-1] == "w"
+                    else params[key]
+                )
+                if cqsnn.takes_winograd(layer, w, (images, *before)):  # is summed as transformed
+                    w = cqsnn.winograd_kernel(w, layer.stride).u
+                found.append(("sum", w.nbytes))
+        before = shape
     return [*found, ("gather", 4 * images * 10)]
 
 
@@ -225,7 +234,7 @@ def main():
     if args.train:
         train(args.train[0], *map(int, args.train[1:]))
         return
-    nets, turns, steps = (["lenet*"], 1, 1) if args.quick else (["lenet*", "allconv"], 5, 4)
+    nets, turns, steps = (["lenet*"], 1, 1) if args.quick else (["lenet*", "allconv"], 3, 4)
     report = {"cores": cqsnn.CORES, "bandwidth": BANDWIDTH, "latency": LATENCY}
     report["measured"] = [measure(name, turns, steps) for name in nets]
     step = {row["network"]: row["1 process, 1 thread"] for row in report["measured"]}
