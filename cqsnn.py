@@ -109,10 +109,10 @@ def use_tf32(allowed):
     """Let CuPy round the operands of float32 products to 11 bits (TF32 tensor cores), or not.
     Sums of whole numbers need it off; CuPy has no public switch but the variable CUPY_TF32,
     which it reads once."""
-    from cupy._core import _routines_linalg as products
+    from cupy._core import _routines_linalg as cupy_products
 
-    kind = products.COMPUTE_TYPE_TF32 if allowed else products.COMPUTE_TYPE_DEFAULT
-    products.set_compute_type(np.dtype(np.float32), kind)
+    kind = cupy_products.COMPUTE_TYPE_TF32 if allowed else cupy_products.COMPUTE_TYPE_DEFAULT
+    cupy_products.set_compute_type(np.dtype(np.float32), kind)
 
 
 def shards(n):
