@@ -21,7 +21,7 @@ CUBLAS = importlib.util.find_spec("nvidia.cublas") or importlib.util.find_spec("
 SOURCE = Path(__file__).resolve().parents[2] / "cqsnn.py"
 # of a ufunc's call, which has no signature to inspect; CuPy's documentation lists them
 UFUNC_KEYWORDS = {"out", "where", "axes", "axis", "keepdims", "casting", "dtype", "order"}
-MODULES = {"cupy": (), "xp": (), "cuda": ("cuda",), "products": ("_core", "_routines_linalg")}
+MODULES = {"cupy": (), "xp": (), "cuda": ("cuda",), "cupy_products": ("_core", "_routines_linalg")}
 GENERATORS = {"device_rng"}  # names that hold a Generator of the array module
 
 
