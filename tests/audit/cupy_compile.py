@@ -7,6 +7,7 @@ compute capability 7.0, 8.0 and 9.0 (V100, A100, H100). CUDA 12 has all three; 1
 so install cupy-cuda12x and nvidia-cuda-nvrtc-cu12. A source with a mistake must be refused.
 """
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -47,15 +48,16 @@ def main():
     cupy.RawKernel, count = compiled, 0
     sources = {n: s for n, s in vars(cqsnn).items() if "__global__" in str(s) and n.isupper()}
     for name, source in sources.items():
-        (macro,) = (macro for macro in TYPES if re.search(rf"\b{macro}\b", source))
-        for kind in TYPES[macro]:
-            sizes = cqsnn.cuda_kernel(source, **{macro: kind})
-            print(f"{name:22} {kind:8} sm_{', sm_'.join(ARCHITECTURES)}: {sizes} bytes")
+        macros = [macro for macro in TYPES if re.search(rf"\b{macro}\b", source)]
+        for kinds in itertools.product(*(TYPES[macro] for macro in macros)):
+            types = dict(zip(macros, kinds))
+            sizes = cqsnn.cuda_kernel(source, **types)
+            print(f"{name:22} {' '.join(kinds):16} sm_{', sm_'.join(ARCHITECTURES)}: {sizes} bytes")
             count += len(sizes)
     version = ".".join(map(str, nvrtc.getVersion()))
     print(f"NVRTC {version}, CuPy {cupy.__version__}: {count} kernels compiled")
     try:
-        cqsnn.cuda_kernel(source.replace("unsigned i =", "unsigned ="), **{macro: kind})
+        cqsnn.cuda_kernel(source.replace("unsigned i =", "unsigned ="), **types)
     except ValueError:
         return 0 if len(sources) == 5 else 1
     print("a source with a mistake was compiled")
