@@ -290,15 +290,19 @@ def pad_borders(x, pad):
     return wide
 
 
+def output_size(shape, size, stride, pad):
+    """Return [rows, columns] of what a K x K kernel makes of images of `shape` (N, H, W, C)."""
+    return [(n + 2 * pad - size) // stride + 1 for n in shape[1:3]]
+
+
 def windows(x, size, stride):
     """View x (N, H, W, C) as its kernel windows (N, Ho, Wo, K, K*C); a view of x is copied first.
     The columns and channels of a window lie next to each other in memory: one axis."""
-    n, height, width, channels = x.shape
+    n, _, _, channels = x.shape
     if x.strides[2:] != (channels * x.itemsize, x.itemsize):
         x = x.copy()  # such as a transposed view, or images[..., None], whose stride is 0
     image, row, column, channel = x.strides
-    rows, columns = ((m - size) // stride + 1 for m in (height, width))
-    shape = (n, rows, columns, size, size * channels)
+    shape = (n, *output_size(x.shape, size, stride, 0), size, size * channels)
     strides = (image, row * stride, column * stride, row, channel)
     return array_module(x).lib.stride_tricks.as_strided(x, shape, strides)
 
@@ -336,7 +340,7 @@ def im2col(x, size, stride, pad, dtype):
     NumPy copies in `column_blocks`; x is converted before it is multiplied K*K times."""
     xp, (n, height, width, channels) = array_module(x), x.shape
     x = xp.ascontiguousarray(x.astype(dtype, copy=False))
-    rows, columns = ((m + 2 * pad - size) // stride + 1 for m in (height, width))
+    rows, columns = output_size(x.shape, size, stride, pad)
     cols = xp.empty((n * rows * columns, size * size * channels), dtype)
     geometry = height, width, channels, size, stride, pad, rows, columns
     launch(IM2COL, cols.size, x, *geometry, cols, ELEMENT=dtype)
@@ -347,8 +351,8 @@ def column_blocks(x, size, stride, pad, dtype):
     """Yield im2col of x, a block of images at a time: (slice of images, rows (n*Ho*Wo, K*K*C)).
     About 1,024 rows stay in a core's cache. The rows are overwritten by the next block."""
     if array_module(x) is not np:
-        values = math.prod((m + 2 * pad - size) // stride + 1 for m in x.shape[1:3])
-        block = max(1, IM2COL_VALUES // (values * size * size * x.shape[3]))
+        positions = math.prod(output_size(x.shape, size, stride, pad))
+        block = max(1, IM2COL_VALUES // (positions * size * size * x.shape[3]))
         for start in range(0, len(x), block):
             images = slice(start, min(len(x), start + block))
             yield images, im2col(x[images], size, stride, pad, dtype)
@@ -368,8 +372,7 @@ def conv(x, w, stride, pad):
     im2col, then one matrix product. x (N, H, W, C) of any real type is carried in the type of
     w (K, K, C, O). Returns z (N, Ho, Wo, O), cache."""
     xp, size, outputs = array_module(x), len(w), w.shape[-1]
-    height, width = ((n + 2 * pad - size) // stride + 1 for n in x.shape[1:3])
-    z = xp.empty((len(x), height, width, outputs), w.dtype)
+    z = xp.empty((len(x), *output_size(x.shape, size, stride, pad), outputs), w.dtype)
     for images, rows in column_blocks(x, size, stride, pad, w.dtype):
         xp.matmul(rows, w.reshape(-1, outputs), out=z[images].reshape(-1, outputs))
     return z, (x, w, stride, pad)
@@ -381,7 +384,8 @@ def conv_backward(dz, cache, input_gradient=True):
     every phase of the image as channels (see `phase_taps`).
     Returns dx (None unless input_gradient), {"w": dw}."""
     x, w, stride, pad = cache
-    dw = array_module(x).zeros((w[..., 0].size, w.shape[3]), w.dtype)
+    xp = array_module(x)
+    dw = xp.zeros((w[..., 0].size, w.shape[3]), w.dtype)
     for images, rows in column_blocks(x, len(w), stride, pad, w.dtype):
         dw += rows.T @ dz[images].reshape(-1, w.shape[3])
     grads = {"w": dw.reshape(w.shape)}
@@ -390,7 +394,7 @@ def conv_backward(dz, cache, input_gradient=True):
     taps = phase_taps(w, stride)
     r, beyond = len(taps), min(len(taps) - 1, pad) if stride == 1 else 0  # border nobody asks for
     turned = taps[::-1, ::-1].swapaxes(2, 3)
-    phases = conv(dz, array_module(x).ascontiguousarray(turned), 1, r - 1 - beyond)[0]
+    phases = conv(dz, xp.ascontiguousarray(turned), 1, r - 1 - beyond)[0]
     n, rows, columns, _ = phases.shape
     phases = phases.reshape(n, rows, columns, stride, stride, -1).swapaxes(2, 3)
     wide = phases.reshape(n, rows * stride, columns * stride, -1)
@@ -398,7 +402,7 @@ def conv_backward(dz, cache, input_gradient=True):
     reached = reached[:, : x.shape[1], : x.shape[2]]
     if reached.shape == x.shape:
         return reached, grads
-    dx = array_module(x).zeros(x.shape, w.dtype)  # the stride passes over the last rows or columns
+    dx = xp.zeros(x.shape, w.dtype)  # the stride passes over the last rows or columns
     dx[:, : reached.shape[1], : reached.shape[2]] = reached
     return dx, grads
 
@@ -595,7 +599,7 @@ def tile_blocks(x, kernel, pad):
     """Return height and width of the outputs, the Tiles, and slices of images to work at a time."""
     u, stride = kernel
     r = len(u) - 1
-    height, width = ((n + 2 * pad - r * stride) // stride + 1 for n in x.shape[1:3])
+    height, width = output_size(x.shape, r * stride, stride, pad)
     tiles = Tiles(r, stride, pad, (height + 1) // 2, (width + 1) // 2)
     image = math.prod(tiles[3:]) * (r + 1) ** 2 * max(u.shape[2:]) * u.itemsize
     block = max(1, WINOGRAD_BYTES // image)
@@ -1709,12 +1713,9 @@ def half_linear(layer, x, w, unit):
         z = xp.empty((len(x), w.shape[1]), np.float32)
         half_matmul(x.reshape(len(x), -1).astype(np.float16, copy=False), w, z, unit)
         return z
-    rows, columns = ((m + 2 * layer.pad - layer.size) // layer.stride + 1 for m in x.shape[1:3])
-    z, matrix = (
-        xp.empty((len(x), rows, columns, w.shape[-1]), np.float32),
-        w.reshape(-1, w.shape[3]),
-    )
-    for images, cols in column_blocks(x, layer.size, layer.stride, layer.pad, np.float16):
+    geometry, matrix = (layer.size, layer.stride, layer.pad), w.reshape(-1, w.shape[3])
+    z = xp.empty((len(x), *output_size(x.shape, *geometry), w.shape[3]), np.float32)
+    for images, cols in column_blocks(x, *geometry, np.float16):
         half_matmul(cols, matrix, z[images].reshape(-1, w.shape[3]), unit)
     return z
 
