@@ -891,6 +891,8 @@ def explain_image(args, snn, test, schedule, index):
 
 def simulate_file(args):
     """Simulate an SNN file on a data set's test images, at its own T or at --steps."""
+    if args.tf32:
+        raise ValueError("--tf32: with --simulate, expected training")
     snn = cqsnn.load_snn(args.simulate)
     if args.steps is not None:
         cqsnn.check_range("--steps", args.steps, 1, 10**6)
