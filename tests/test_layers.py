@@ -102,6 +102,30 @@ def test_winograd_bound_holds_every_sum_of_the_worst_images(kernel, largest, see
     assert max(sums) <= bound and (bound <= 10 * max(sums) or not w.any())
 
 
+@given(st.sampled_from([(1, 2), (1, 3), (2, 2)]), st.integers(1, 255), st.integers(0, 2**32))
+def test_winograd_bound_is_the_sum_of_the_largest_products_that_an_output_adds(
+    kernel, largest, seed
+):
+    """Largest values of a tile are found by trying images, 0 and `largest`, not from B'."""
+    (stride, taps), rng = kernel, np.random.default_rng(seed)
+    w = rng.integers(-9, 10, (stride * taps, stride * taps, 2, 3)).astype(np.float64)
+    u, tiles = cqsnn.winograd_kernel(4 * w, stride).u, cqsnn.Tiles(taps, stride, 0, 1, 1)
+    side, products = (taps + 1) * stride, np.zeros((*u.shape[:2], 3))
+    for i, j in np.ndindex(*u.shape[:2]):
+        one = np.zeros((taps + 1, taps + 1, 1, 1, 1, u.shape[2]))
+        one[i, j] = 1
+        slope = cqsnn.winograd_inputs_backward(one, tiles, (1, side, side, 2))
+        images = np.concatenate([slope > 0, slope < 0]) * largest
+        v = abs(cqsnn.winograd_inputs(images, tiles, np.float64)[i, j]).max()
+        products[i, j] = v * abs(u[i, j]).sum(0)
+    added = abs(np.array(cqsnn.WINOGRAD[taps][0]))
+    sums = [
+        sum(added[p, i] * added[q, j] * products[i, j] for i, j in np.ndindex(*u.shape[:2]))
+        for p, q in np.ndindex(2, 2)
+    ]
+    assert cqsnn.winograd_bound(u, largest) == np.max(sums)
+
+
 def test_winograd_is_taken_where_it_pays_and_nowhere_else():
     """Wide kernels of 2 or 3 times the stride, on tiles enough; never on a small layer."""
 
