@@ -976,6 +976,7 @@ def end(ranks, status, text):
     if ranks.size > 1:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # one line is enough: MPI's own go nowhere
     if not together:
+        time.sleep(0.5)  # mpiexec drops what it has not yet passed on when a rank aborts
         ranks.comm.Abort(status)
     return status
 
