@@ -181,12 +181,13 @@ class Ranks:
         """Return who works n images: all ranks; or, with fewer shards than ranks, each rank all."""
         return self if len(shards(n)) >= self.size else ALONE
 
-    def wait(self, request, seconds=math.inf):
-        """Return whether an MPI request is over in time. Soon asleep: others may need the core."""
+    def wait(self, request, seconds=math.inf, pause=2e-4):
+        """Return whether an MPI request is over in time. Soon asleep for `pause` at a time: others
+        may need the core. MPI moves data while it is asked: 0 where much is on its way."""
         began, spent = time.monotonic(), 0
         while not (over := request.Test()) and spent < seconds:
             spent = time.monotonic() - began
-            time.sleep(2e-4 if spent > 1e-3 else 0)
+            time.sleep(pause if spent > 1e-3 else 0)
         return over
 
     def gather(self, items):
@@ -210,8 +211,8 @@ class Ranks:
         widths, total = np.diff(edges), np.empty_like(rows[0])
         slices = np.empty((counts.sum(), widths[self.rank]), sent.dtype)
         sizes = widths * len(rows), counts * widths[self.rank]
-        self.wait(self.comm.Ialltoallv([sent, sizes[0]], [slices, sizes[1]]))
-        self.wait(self.comm.Iallgatherv(sum_over_shards(slices), [total, widths]))
+        self.wait(self.comm.Ialltoallv([sent, sizes[0]], [slices, sizes[1]]), pause=0)
+        self.wait(self.comm.Iallgatherv(sum_over_shards(slices), [total, widths]), pause=0)
         return array_module(parts[0]).asarray(total.reshape(parts[0].shape))
 
 
