@@ -52,8 +52,8 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,13 +152,28 @@ def one_blas_thread(f):
 
 @one_blas_thread
 def over_shards(f, *lists, threads=None):
-    """Return [f(*items) for items in zip(*lists)], several at once on a CPU.
-    NumPy and BLAS let go of the interpreter lock, so plain threads share the work."""
+    """Return [f(*items) for items in zip(*lists)], several at once on a CPU: NumPy and BLAS let go
+    of the interpreter lock, so threads, the calling one too, take the next item by turns."""
     items = list(zip(*lists))
     threads = threads or CORES
     if threads == 1 or len(items) == 1 or array_module(lists[0][0]) is not np:
         return [f(*item) for item in items]
-    return list(_workers(threads).map(lambda item: f(*item), items))
+    results, numbers = [None] * len(items), itertools.count()
+
+    def work():
+        while (k := next(numbers)) < len(items):
+            results[k] = f(*items[k])
+
+    others = [_workers(threads).submit(work) for _ in range(min(threads, len(items)) - 1)]
+    try:
+        work()
+    finally:
+        numbers = itertools.count(len(items))  # after an error nothing more begins
+        begun = [other for other in others if not other.cancel()]
+        wait(begun)
+    for other in begun:
+        other.result()
+    return results
 
 
 class Ranks:
@@ -608,12 +623,14 @@ def tile_blocks(x, kernel, pad):
 
 
 def winograd(x, kernel, pad):
-    """Convolve as `conv` does, x (N, H, W, C) of any real type carried in the kernel's.
+    """Convolve as `conv` does, x (N, H, W, C) of any real type carried in the kernel's. Tiles of
+    int8, which stands for spikes, stay in eight bits up to the product: a value adds four at most.
     Returns z (N, Ho, Wo, O), cache."""
+    dtype = np.int8 if x.dtype == np.int8 else kernel.u.dtype
     u, (height, width, tiles, blocks) = kernel.u, tile_blocks(x, kernel, pad)
     z = np.empty((len(x), 2 * tiles.down, 2 * tiles.across, u.shape[3]), u.dtype)
     for images in blocks:
-        v = winograd_inputs(x[images], tiles, u.dtype)
+        v = winograd_inputs(x[images], tiles, dtype).astype(u.dtype, copy=False)
         m = v.reshape(*v.shape[:2], -1, v.shape[-1]) @ u
         winograd_outputs(m.reshape(*v.shape[:-1], -1), z[images])
     return np.ascontiguousarray(z[:, :height, :width]), (x, kernel, pad)
@@ -729,9 +746,8 @@ def moments(z):
     return found
 
 
-def batch_moments(zs, threads=None, ranks=ALONE):
-    """Return count, mean and variance (population) of all shards together, in shard order."""
-    found = ranks.gather(over_shards(moments, zs, threads=threads))
+def batch_moments(found):
+    """Return count, mean and variance (population) of all shards, from the `moments` of each."""
     counts, means, spreads = zip(*itertools.chain(*found))
     count = sum(counts)
     mean = sum_over_shards([n * m for n, m in zip(counts, means)]) / count
@@ -801,28 +817,7 @@ def activate_backward(da, inside):
     return da, {}
 
 
-def batch_norm(zs, gamma, beta, mean, var, training, how, threads=None, momentum=0.1, ranks=ALONE):
-    """The activation (`activate`, which takes `how`) of u = gamma (z - mean) / sqrt(var + eps) +
-    beta, for all shards of a batch.
-    The one layer in which images meet, so it takes the list of shards. Training uses the
-    batch's own mean and variance and moves the running ones in place by the momentum, the
-    variance unbiased (as PyTorch does); otherwise the running ones are used."""
-    count = None
-    if training:
-        count, batch_mean, batch_var = batch_moments(zs, threads, ranks)
-        for running, now in ((mean, batch_mean), (var, batch_var * count / max(count - 1, 1))):
-            running *= 1 - momentum
-            running += (momentum * now).astype(running.dtype)
-        mean, var = batch_mean, batch_var
-    dtype = zs[0].dtype
-    mean = mean.astype(dtype)  # a copy: backward must not see the running mean move
-    inverse = (1 / array_module(var).sqrt(var + BATCH_NORM_EPS)).astype(dtype)
-    norm = mean, (gamma * inverse).astype(dtype, copy=False), beta.astype(dtype, copy=False)
-    outputs, inside = zip(*over_shards(lambda z: activate(z, *how, norm), zs, threads=threads))
-    return outputs, (zs, mean, inverse, gamma, inside, count)
-
-
-_NORM_SUMS = """
+NORM_SUMS = """
 extern "C" __global__ void norm_sums(const REAL *z, REAL *da, const bool *inside,
     const REAL *mean, unsigned rows, unsigned channels, unsigned strip, REAL *sums, unsigned n) {
   unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // of a strip of rows, one channel
@@ -841,7 +836,7 @@ extern "C" __global__ void norm_sums(const REAL *z, REAL *da, const bool *inside
 }"""
 
 
-def _norm_sums(z, da, inside, mean):
+def norm_sums(z, da, inside, mean):
     """Turn da into du, in place where it is contiguous or NumPy's; return du and, in float64,
     [sum du, sum du (z - mean)] over all but channels: here blocks, on a GPU 64 rows at a time."""
     xp = array_module(z)
@@ -850,7 +845,7 @@ def _norm_sums(z, da, inside, mean):
         rows = z.size // channels
         sums = xp.empty((2, -(-rows // 64), channels), z.dtype)
         how = rows, channels, 64, sums
-        launch(_NORM_SUMS, sums.size // 2, z, da, inside, mean, *how, REAL=z.dtype)
+        launch(NORM_SUMS, sums.size // 2, z, da, inside, mean, *how, REAL=z.dtype)
         return da, sums.sum(1, dtype=np.float64)
     sums = 0
     for index in cached_blocks(z.shape):
@@ -861,7 +856,38 @@ def _norm_sums(z, da, inside, mean):
     return da, sums
 
 
-_NORM_INPUT_GRADIENT = """
+def batch_norm(found, gamma, beta, mean, var, momentum=0.1):
+    """Return (mean, scale, beta) with which `activate` takes u = gamma (z - mean) / sqrt(var + eps)
+    + beta, and a cache. Here alone images meet: in training, found is the `moments` of each shard
+    of a batch, whose mean and variance are used and move the running ones in place by the momentum,
+    the variance unbiased (as PyTorch does); where it is None the running ones are used."""
+    count = None
+    if found is not None:
+        count, batch_mean, batch_var = batch_moments(found)
+        for running, now in ((mean, batch_mean), (var, batch_var * count / max(count - 1, 1))):
+            running *= 1 - momentum
+            running += (momentum * now).astype(running.dtype)
+        mean, var = batch_mean, batch_var
+    mean = mean.astype(gamma.dtype)  # a copy: backward must not see the running mean move
+    inverse = (1 / array_module(var).sqrt(var + BATCH_NORM_EPS)).astype(gamma.dtype)
+    return (mean, gamma * inverse, beta), (mean, inverse, gamma, count)
+
+
+def batch_norm_backward(sums, cache):
+    """From the `norm_sums` of all shards: with x = (z - mean) / sqrt(var + eps), dbeta = sum du,
+    dgamma = sum du x, and dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without
+    the last two terms where the running mean and variance were used.
+    Returns (mean, scale, level, slope) for `norm_input_gradient`, {"gamma": ..., "beta": ...}."""
+    mean, inverse, gamma, count = cache
+    dbeta, dgamma = sums[0], sums[1] * inverse
+    level, slope = ((g / (count or 1)).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
+    if count is None:
+        level, slope = 0 * level, 0 * slope
+    grads = {"gamma": dgamma.astype(gamma.dtype), "beta": dbeta.astype(gamma.dtype)}
+    return (mean, gamma * inverse, level, slope), grads
+
+
+NORM_INPUT_GRADIENT = """
 extern "C" __global__ void norm_input_gradient(const REAL *z, REAL *du, const REAL *mean,
     const REAL *scale, const REAL *level, const REAL *slope, unsigned channels, unsigned n) {
   unsigned i = blockIdx.x * blockDim.x + threadIdx.x, c = i % channels;
@@ -870,12 +896,12 @@ extern "C" __global__ void norm_input_gradient(const REAL *z, REAL *du, const RE
 }"""
 
 
-def _norm_input_gradient(z, du, mean, scale, level, slope):
+def norm_input_gradient(z, du, mean, scale, level, slope):
     """dz = scale (du - level - slope (z - mean)), in place of du."""
     xp = array_module(z)
     if xp is not np:
         how = mean, scale, level, slope, z.shape[-1]
-        launch(_NORM_INPUT_GRADIENT, z.size, xp.ascontiguousarray(z), du, *how, REAL=z.dtype)
+        launch(NORM_INPUT_GRADIENT, z.size, xp.ascontiguousarray(z), du, *how, REAL=z.dtype)
         return du
     for index in cached_blocks(z.shape):
         part, x = du[index], z[index] - mean
@@ -884,23 +910,6 @@ def _norm_input_gradient(z, du, mean, scale, level, slope):
         part -= x
         part *= scale
     return du
-
-
-def batch_norm_backward(das, cache, threads=None, ranks=ALONE):
-    """With x = (z - mean) / sqrt(var + eps) and du of `activate_backward`: dbeta = sum du,
-    dgamma = sum du x, and dz = gamma / sqrt(var + eps) (du - (dbeta + x dgamma) / count); without
-    the last two terms where the running mean and variance were used. In place of da."""
-    zs, mean, inverse, gamma, inside, count = cache
-    found = over_shards(lambda *a: _norm_sums(*a, mean), zs, das, inside, threads=threads)
-    dus, sums = zip(*found)
-    dbeta, dgamma = sum_over_shards(ranks.gather(sums))
-    dgamma = dgamma * inverse
-    level, slope = ((g / (count or 1)).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
-    if count is None:
-        level, slope = 0 * level, 0 * slope
-    how = mean, (gamma * inverse).astype(mean.dtype, copy=False), level, slope
-    dzs = over_shards(lambda z, du: _norm_input_gradient(z, du, *how), zs, dus, threads=threads)
-    return dzs, {"gamma": dgamma.astype(gamma.dtype), "beta": dbeta.astype(gamma.dtype)}
 
 
 def dropout(a, rate, seed):
@@ -1103,12 +1112,60 @@ def every_position(layer, w, shape):
 class LayerTape(NamedTuple):
     """What backward needs of a layer; lists have one item for each shard."""
 
-    unit: float  # the inputs are activations times this: 1, or the levels L
-    sums: list  # caches of `linear`
+    unit: float  # inputs are activations times this: 1, or the levels L
+    inputs: list  # what the layer before passed on
+    inside: list  # where the layer before let gradients pass; None: everywhere
+    kept: list  # caches of its `dropout`, or None
+    caches: list  # of `linear`
+    sums: list | None  # before batch normalisation, where there is one
     norm: tuple | None  # cache of `batch_norm`
-    inside: list | None  # where `activate` lets gradients pass; None: everywhere, or in norm
-    kept: list | None  # caches of `dropout`
-    outputs: list  # what the layer passed on: activations, or levels while quantised
+
+
+def carried_weights(layer, w, unit, shape):
+    """Return what `linear` takes for inputs of `shape` that are activations times unit."""
+    if layer.kind == "pool":
+        return None
+    w = every_position(layer, w, shape[1:]) / unit
+    return winograd_kernel(w, layer.stride) if takes_winograd(layer, w, shape) else w
+
+
+def uncarried(layer, w, entry):
+    """Return the caches of `linear` for a derivative by the activations: inputs were activations
+    times unit, with weights w / unit; by the activation it is w itself."""
+    kernel, carried = every_position(layer, w, entry.inputs[0].shape[1:]), entry.caches[0][1]
+    if isinstance(carried, WinogradKernel):
+        kernel = WinogradKernel(carried.u * w.dtype.type(entry.unit), layer.stride)
+    return [(cache[0], kernel, *cache[2:]) for cache in entry.caches]
+
+
+def outputs(layer, how, unit, norm, z, seed):
+    """Return what a layer passes on from its sums z, levels while quantised; where it lets
+    gradients pass, and the cache of its dropout, or None. A pooling's mean needs no clamp."""
+    inside = kept = None
+    activation, levels, shift = how
+    if layer.kind != "pool":
+        z, inside = activate(z, *how, norm)
+    elif activation == "quantize":
+        z = array_module(z).floor(z * (levels / unit) + shift)
+    if seed is not None:
+        z, kept = dropout(z, layer.dropout, seed)
+    return z, inside, kept
+
+
+def outputs_backward(net, tape, i, da, k):
+    """From what layer i passed on of shard k to its sums: du, in place of da, and what gradients of
+    its parameters need: `norm_sums` of a batch normalisation, or sum du of a bias."""
+    layer, entry = net[i], tape[i]
+    inside = None
+    if i + 1 < len(net):
+        inside, kept = tape[i + 1].inside[k], tape[i + 1].kept[k]
+        da = da if kept is None else dropout_backward(da, kept)[0]
+    if layer.norm:
+        return norm_sums(entry.sums[k], da, inside, entry.norm[0])
+    if layer.kind == "pool":
+        return da / layer.size**2, None
+    da = da if inside is None else activate_backward(da, inside)[0]
+    return da, da.reshape(-1, da.shape[-1]).sum(0)
 
 
 @one_blas_thread
@@ -1119,92 +1176,74 @@ def forward(
     """Run the CNN on x (N, H, W, C), floats in [0, 1]; return logits (N, classes) and a tape.
     activation is "relu", "clamp" or "quantize" (with levels L and shift 0 or 1/2). A Generator
     rng means training: dropout, and batch statistics, which move i.mean and i.var in place by the
-    momentum. A rank reads its own shards of x alone, has a tape of them, and returns all logits."""
+    momentum. A rank reads its own shards of x alone, has a tape of them, and returns all logits.
+    Shards wait for each other once a layer, where batch normalisation needs them all."""
     check_choice("activation", activation, ACTIVATIONS)
     if (activation == "quantize") != (levels is not None):
         raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
-    parts, unit, tape = shards(len(x)), 1, []
-    xs = [x[part] for part in ranks.ours(parts)]
-    how = (activation, levels, shift)
-    over = functools.partial(over_shards, threads=threads)
+    parts, unit, tape, how = shards(len(x)), 1, [], (activation, levels, shift)
+    zs = [x[part] for part in ranks.ours(parts)]
+    seeds, passed_on = [None] * len(zs), lambda x, seed: (x, None, None)
     for i, layer in enumerate(net):
-        norm = inside = kept = None
         p = {name: params.get(f"{i}.{name}") for name in ("w", "b", "gamma", "beta", "mean", "var")}
-        xs, sums = _forward_linear(layer, p, xs, unit, over, parts[0].stop)
+        # the batch's first shard, not a rank's: every rank takes the same algorithm
+        w = carried_weights(layer, p["w"], unit, (parts[0].stop, *zs[0].shape[1:]))
+        counted = layer.norm and rng is not None
+
+        def run(z, seed):
+            x, inside, kept = passed_on(z, seed)
+            z, cache = linear(layer, x, x if w is None else w)
+            if layer.kind == "pool":
+                z = z / layer.size**2  # in units still, so that whole numbers stay whole
+            z = z if p["b"] is None else z + p["b"]
+            return x, inside, kept, cache, z, moments(z) if counted else None
+
+        *entry, zs, found = zip(*over_shards(run, zs, seeds, threads=threads))
+        norm = statistics = None
         if layer.norm:
             stats = list(p.values())[2:]
-            xs, norm = batch_norm(xs, *stats, rng is not None, how, threads, momentum, ranks)
-        elif layer.kind == "pool" and activation == "quantize":
-            xs = over(lambda u: array_module(u).floor(u * (levels / unit) + shift), xs)
-        elif layer.kind != "pool" and i < len(net) - 1:
-            xs, inside = zip(*over(lambda u: activate(u, *how), xs))
+            norm, statistics = batch_norm(
+                ranks.gather(found) if counted else None, *stats, momentum
+            )
+        tape.append(LayerTape(unit, *entry, zs if layer.norm else None, statistics))
+        passed_on = functools.partial(outputs, layer, how, unit, norm)
+        seeds = [None] * len(zs)
         if rng is not None and layer.kind == "conv" and layer.dropout:
             seeds = ranks.ours([int(seed) for seed in rng.integers(2**63, size=len(parts))])
-            xs, kept = zip(*over(lambda a, seed: dropout(a, layer.dropout, seed), xs, seeds))
-        tape.append(LayerTape(unit, sums, norm, inside, kept, xs))
         unit = levels or 1
-    return array_module(x).concatenate(ranks.gather(xs)), tape
-
-
-def _forward_linear(layer, p, xs, unit, over, images):
-    """The weighted sum on all shards, of inputs that are activations times unit, and the bias;
-    or the mean of a pooling, which keeps the unit so that whole numbers stay whole. The batch's
-    first shard, not a rank's, has so many images: every rank takes the same algorithm."""
-    if layer.kind == "pool":
-        zs, caches = zip(*over(lambda x: sum_pool(x, layer.size, x.dtype), xs))
-        return over(lambda z: z / layer.size**2, zs), caches
-    w = every_position(layer, p["w"], xs[0].shape[1:]) / unit
-    if takes_winograd(layer, w, (images, *xs[0].shape[1:])):
-        w = winograd_kernel(w, layer.stride)
-    zs, caches = zip(*over(lambda x: linear(layer, x, w), xs))
-    return zs if layer.norm else over(lambda z: z + p["b"], zs), caches
+    return array_module(x).concatenate(ranks.gather(zs)), tape
 
 
 @one_blas_thread
 def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
     """Return the gradients of the loss by all trained parameters, from dlogits (N, classes)."""
-    grads = {}
-    over = functools.partial(over_shards, threads=threads)
+    grads, last = {}, len(net) - 1
+    over, numbers = functools.partial(over_shards, threads=threads), itertools.count
     das = [dlogits[part] for part in ranks.ours(shards(len(dlogits)))]
+    dus, sums = zip(*over(lambda da, k: outputs_backward(net, tape, last, da, k), das, numbers()))
     for i in reversed(range(len(net))):
-        layer, entry = net[i], tape[i]
-        if entry.kept is not None:
-            das = over(lambda da, kept: dropout_backward(da, kept)[0], das, entry.kept)
-        if entry.inside is not None:
-            das = over(lambda da, inside: activate_backward(da, inside)[0], das, entry.inside)
-        if layer.kind == "pool":
-            das = over(lambda du: du / layer.size**2, das)
-        elif layer.norm:
-            das, norm_grads = batch_norm_backward(das, entry.norm, threads, ranks)
-            grads |= {f"{i}.{name}": g for name, g in norm_grads.items()}
-        else:
-            sums = over(lambda du: du.reshape(-1, du.shape[-1]).sum(0), das)
+        layer, entry, w, how = net[i], tape[i], params.get(f"{i}.w"), None
+        if layer.norm:
+            how, found = batch_norm_backward(sum_over_shards(ranks.gather(sums)), entry.norm)
+            grads |= {f"{i}.{name}": g for name, g in found.items()}
+        elif layer.kind != "pool":
             grads[f"{i}.b"] = sum_over_shards(sums, ranks)
-        das, dw = _backward_linear(layer, params.get(f"{i}.w"), entry, das, i > 0, over, ranks)
-        if dw is not None:
-            grads[f"{i}.w"] = dw
+        caches = entry.caches if w is None else uncarried(layer, w, entry)
+
+        def run(du, k):
+            dz = norm_input_gradient(entry.sums[k], du, *how) if how else du
+            dx, dw = linear_backward(layer, dz, caches[k], i > 0)
+            du, sums = outputs_backward(net, tape, i - 1, dx, k) if i else (None, None)
+            return du, sums, dw
+
+        dus, sums, dws = zip(*over(run, dus, numbers()))
+        if w is not None:
+            dw = sum_over_shards([dw["w"] for dw in dws], ranks) / entry.unit
+            if isinstance(caches[0][1], WinogradKernel):
+                dw = winograd_kernel_backward(dw, layer.stride)
+            # a mean over positions has one w for all of them, divided by their number
+            grads[f"{i}.w"] = dw if dw.shape == w.shape else dw.reshape(-1, *w.shape).mean(0)
     return grads
-
-
-def _backward_linear(layer, w, entry, das, input_gradient, over, ranks):
-    """The derivative by the inputs, as activations, of each shard, and by the weights."""
-
-    caches = entry.sums
-    winograd = layer.kind != "pool" and isinstance(caches[0][1], WinogradKernel)
-    if layer.kind != "pool":
-        # inputs were activations * unit, with weights w / unit: by the activation it is w itself
-        kernel = every_position(layer, w, caches[0][0].shape[1:])
-        if winograd:
-            kernel = WinogradKernel(caches[0][1].u * w.dtype.type(entry.unit), layer.stride)
-        caches = [(cache[0], kernel, *cache[2:]) for cache in caches]
-    dxs, parts = zip(*over(lambda *a: linear_backward(layer, *a, input_gradient), das, caches))
-    if layer.kind == "pool":
-        return dxs, None
-    dw = sum_over_shards([part["w"] for part in parts], ranks) / entry.unit
-    dw = winograd_kernel_backward(dw, layer.stride) if winograd else dw
-    if dw.shape != w.shape:  # one w for every position, divided by their number
-        dw = dw.reshape(-1, *w.shape).mean(0)
-    return dxs, dw
 
 
 # 4  Training --------------------------------------------------------------------------------------
@@ -1403,7 +1442,7 @@ def first_not_finite(net, params, tape, logits):
     normalisation is judged by its weights, the last one by its logits."""
     xp, sound = array_module(logits), []
     for i, (layer, entry) in enumerate(zip(net, tape)):
-        judged = entry.norm[1] if layer.norm else params.get(f"{i}.w", xp.zeros(1))
+        judged = entry.norm[0] if layer.norm else params.get(f"{i}.w", xp.zeros(1))
         sound.append(xp.isfinite(logits if i == len(net) - 1 else judged).all())
     return xp.stack(sound).argmin()
 
@@ -1503,6 +1542,18 @@ class SpikingLayer:
 
     channels = units = property(lambda self: self.w.shape[-1])
 
+    @functools.cached_property
+    def absolute_sums(self):
+        """The sum of |w| over all that each output channel (O,) reads, int64."""
+        return np.abs(self.w.astype(np.int64)).reshape(-1, self.w.shape[-1]).sum(0)
+
+    @functools.cached_property
+    def winograd(self):
+        """The weights of a convolution as Winograd's algorithm takes them, float32, and the bound
+        of its sums for inputs of 0 and 1."""
+        kernel = winograd_kernel(self.w.astype(np.float32), self.stride)
+        return kernel, winograd_bound(kernel.u, 1)
+
 
 @dataclass(frozen=True, eq=False)
 class SpikingNetwork:
@@ -1520,6 +1571,11 @@ class SpikingNetwork:
     def shapes(self):
         """The shape of the input and of each layer's output."""
         return [self.input_shape, *output_shapes(self.layers, self.input_shape, self.classes)]
+
+    @functools.cached_property
+    def units(self):
+        """For each layer, F where all its weights hold that factor, else 1."""
+        return [1 if f.w is None or (f.w % self.unit).any() else self.unit for f in self.layers]
 
     def largest_input(self, i):
         """The largest value that layer i receives in one step: a spike, or a white pixel."""
@@ -1584,9 +1640,8 @@ def largest_sum(layer, largest_input, steps):
     x is the largest value an input may have: in one step, or as its count over all of them."""
     if layer.kind == "pool":
         return layer.size**2 * largest_input + int(abs(layer.v0).max())
-    weights = np.abs(layer.w.astype(np.int64)).reshape(-1, layer.w.shape[-1]).sum(0)
     bias, v0 = np.abs(layer.b.astype(np.int64)), np.abs(layer.v0.astype(np.int64))
-    channels = zip(weights, bias, np.broadcast_to(v0, bias.shape))
+    channels = zip(layer.absolute_sums, bias, np.broadcast_to(v0, bias.shape))
     return max(int(w) * largest_input + int(b) * steps + int(v) for w, b, v in channels)
 
 
@@ -1731,20 +1786,22 @@ class Sums:
     def __init__(self, snn, i, xp, largest, steps, images, integer=None):
         layer = self.layer = snn.layers[i]
         self.integer = integer or integer_dtype(largest_sum(layer, largest, steps))
-        self.b = xp.asarray(0 if layer.b is None else layer.b, self.integer)
+        b = xp.asarray(0 if layer.b is None else layer.b, self.integer)
+        self.b = xp.zeros(snn.shapes[i + 1][-2:], self.integer) + b  # (W, O): long rows add faster
         bound = largest_sum(layer, largest, 0)
         if xp is not np:
             use_tf32(False)
         if layer.w is None:
             self.w = xp.ones((), exact_dtype(bound))
             return
-        self.unit = unit = 1 if (layer.w % snn.unit).any() else snn.unit
+        self.unit = unit = snn.units[i]
+        if xp is np and takes_winograd(layer, layer.w, (images, *snn.shapes[i])):
+            self.w, bound_of_one = layer.winograd  # whole multiples of unit / 4
+            self.of_spikes = largest == 1
+            if bound_of_one * largest * 4 / unit < 2**24:
+                return
         carrier = exact_dtype(bound // unit)
         self.w = xp.asarray(layer.w, carrier)
-        if takes_winograd(layer, self.w, (images, *snn.shapes[i])):
-            kernel = winograd_kernel(self.w.astype(np.float32), layer.stride)  # of F / 4 at least
-            if winograd_bound(kernel.u, largest) * 4 / unit < 2**24:
-                self.w = kernel
         whole = max(largest, int(abs(layer.w).max()) // unit) <= HALF_WHOLE
         if xp is not np and whole and layer.kind != "depthwise" and carrier is np.float32:
             self.w = xp.asarray(layer.w // unit, np.float16)
@@ -1753,6 +1810,8 @@ class Sums:
         """Return w . x, whole numbers carried by floats, for x (N, ...)."""
         if getattr(self.w, "dtype", None) == np.float16:
             return half_linear(self.layer, x, self.w, self.unit)
+        if isinstance(self.w, WinogradKernel) and self.of_spikes and x.dtype == np.uint8:
+            x = x.view(np.int8)
         return linear(self.layer, x, self.w)[0]
 
     def __call__(self, x, steps):
@@ -1826,7 +1885,6 @@ class Population:
         self.xp = xp = array_module(sums.w)
         self.sums, self.below, self.chunk = sums, below, chunk
         self.theta = xp.asarray(sums.layer.theta, sums.integer)
-        self.b = xp.zeros(shape[-2:], sums.integer) + sums.b  # (W, O): long rows add faster
         v = first_sums(below.counts(delay), delay) if delay else xp.zeros(shape, sums.integer)
         self.v = v.reshape(shape)
         self.v += xp.asarray(sums.layer.v0, sums.integer)
@@ -1866,15 +1924,15 @@ class Population:
     def fire(self, products, spikes):
         """v += w . s + b; where v >= theta a spike, and v -= theta. In place on v and spikes."""
         if self.xp is not np:
-            arrays = self.xp.ascontiguousarray(products), self.b, self.theta
-            how = self.b.size, self.theta.size, len(products), self.v, spikes
+            arrays = self.xp.ascontiguousarray(products), self.sums.b, self.theta
+            how = self.sums.b.size, self.theta.size, len(products), self.v, spikes
             types = {"REAL": products.dtype, "WHOLE": self.v.dtype}
             launch(FIRE, self.v.size, *arrays, *how, **types)
             return
         change = np.empty_like(self.v)
         for product, spike in zip(products, spikes):
             change[...] = product  # a whole number, now in the integer type
-            change += self.b
+            change += self.sums.b
             self.v += change
             np.greater_equal(self.v, self.theta, out=spike.view(bool))
             np.multiply(spike, self.theta, out=change)
@@ -1882,7 +1940,8 @@ class Population:
 
     def discharge(self, m):
         """Fire m steps without input, in closed form; return the counts."""
-        counts = self.xp.clip(self.v // self.theta, 0, m)
+        counts = self.v // self.theta
+        self.xp.clip(counts, 0, m, out=counts)
         self.v -= counts * self.theta
         self.total += counts
         return counts
@@ -2109,8 +2168,8 @@ def moved_levels(net, params, snn, images, recipe, batch=100, threads=None, rank
         x = network_input(part, snn.steps, snn.encoding)
         _, tape = forward(net, params, x, *recipe.how("quantize"), threads=threads)
         exact = integer_forward(snn, predicted(snn, part), threads).counts
-        xp, pairs = array_module(x), zip(tape, exact)
-        moved += np.array([int((xp.concatenate(t.outputs) != c).sum()) for t, c in pairs])
+        xp, pairs = array_module(x), zip(tape[1:], exact)
+        moved += np.array([int((xp.concatenate(t.inputs) != c).sum()) for t, c in pairs])
     neurons = np.array([len(images) * math.prod(shape) for shape in snn.shapes[1:-1]])
     return (sum(ranks.gather([moved])) / neurons).tolist()
 
@@ -2353,10 +2412,10 @@ SNN_FORMAT, MODEL_FORMAT, VECTORS_FORMAT = "cqsnn-snn/1", "cqsnn-model/1", "cqsn
 def save_snn(path, snn):
     """Write a SpikingNetwork as an SNN file (DESIGN 7): JSON `network`, int32 arrays i.w i.b
     i.theta i.v0."""
-    network = {name: value for name, value in vars(snn).items() if name != "layers"}
+    network = {f.name: getattr(snn, f.name) for f in fields(snn)}
     network["layers"], arrays = [], {}
     for i, layer in enumerate(snn.layers):
-        parts = vars(layer).copy()
+        parts = {f.name: getattr(layer, f.name) for f in fields(layer)}
         found = {f"{i}.{name}": parts.pop(name) for name in LAYER_ARRAYS}
         arrays |= {key: a for key, a in found.items() if a is not None}
         network["layers"].append(parts)
@@ -2663,32 +2722,24 @@ def load_vectors(path):
         check_choice("encoding", meta["encoding"], ("spikes", "direct"))
         if meta["delay"] != delay_of(meta["schedule"], steps):
             raise ValueError(f"delay {meta['delay']}, its schedule is {meta['schedule']!r}")
-        found = {"logits": arrays.pop("logits")}
-        spiking = range(-(meta["encoding"] == "spikes"), len(shapes) - 2)
-        for i, shape in zip(spiking, shapes[1 + spiking.start :]):
-            bits = arrays.pop("input" if i < 0 else f"{i}.spikes")
-            whole = (steps, images, *shape)
-            size = (steps, images, -(-math.prod(shape) // 8))
-            if bits.dtype != np.uint8 or bits.shape != size:
-                raise ValueError(f"array of {bits.shape} bits, expected {size}")
-            spikes = np.unpackbits(bits, axis=2, count=math.prod(shape)).reshape(whole)
-            found["input" if i < 0 else f"{i}.spikes"] = spikes
-            if i >= 0:
-                found[f"{i}.potential"] = arrays.pop(f"{i}.potential")
-                if found[f"{i}.potential"].shape != (images, *shape):
-                    raise ValueError(f"{i}.potential: {found[f'{i}.potential'].shape}")
-        if meta["encoding"] == "direct":
-            found["input"] = arrays.pop("input")
-            if found["input"].dtype != np.uint8 or found["input"].shape != (images, *shapes[0]):
-                raise ValueError(f"input: {found['input'].shape}, expected uint8 pixels")
-        if arrays or found["logits"].shape != (steps, images, *shapes[-1]):
-            raise ValueError("arrays that do not fit its meta")
-        wide = {a.dtype for name, a in found.items() if name.endswith(("potential", "logits"))}
-        if wide != {np.dtype(np.int64)}:
-            raise ValueError(f"potentials and logits of {wide}, expected int64")
+        inner, direct = list(enumerate(shapes[1:-1])), meta["encoding"] == "direct"
+        bits = {f"{i}.spikes": shape for i, shape in inner} | {"input": shapes[0]}
+        expected = {f"{i}.potential": ((images, *shape), np.int64) for i, shape in inner}
+        expected["logits"] = (steps, images, *shapes[-1]), np.int64
+        if direct:
+            expected["input"] = (images, *bits.pop("input")), np.uint8
+        for name, shape in bits.items():
+            expected[name] = (steps, images, -(-math.prod(shape) // 8)), np.uint8
+        found = {name: (a.shape, a.dtype) for name, a in arrays.items()}
+        for name in found | expected:
+            if found.get(name) != expected.get(name):
+                raise ValueError(f"{name}: {found.get(name)}, expected {expected.get(name)}")
+        for name, shape in bits.items():
+            spikes = np.unpackbits(arrays[name], axis=2, count=math.prod(shape))
+            arrays[name] = spikes.reshape(steps, images, *shape)
     except Exception as error:
         raise ValueError(f"{path}: not whole golden vectors: {one_line(error)}") from None
-    return meta, found
+    return meta, arrays
 
 
 class DataSet(NamedTuple):
@@ -2711,6 +2762,8 @@ _IDX = (
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFAR10 = ("cifar-10-batches-bin", tuple(f"{name}.bin" for name in _BATCHES), ("test_batch.bin",))
 _CIFAR100 = ("cifar-100-binary", ("train.bin",), ("test.bin",))
+_PYTHON10 = ("cifar-10-batches-py", _BATCHES, ("test_batch",))
+_PYTHON100 = ("cifar-100-python", ("train",), ("test",))
 _TORONTO = "https://www.cs.toronto.edu/~kriz/"
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 DATASETS = {
@@ -2721,39 +2774,28 @@ DATASETS = {
     "cifar100": DataSet(*_CIFAR100, 100, _TORONTO, "cifar-100-binary.tar.gz", 2),
 }
 PICKLED = {  # CIFAR's Python version, as torchvision leaves it
-    "cifar10": DataSet(
-        *("cifar-10-batches-py", _BATCHES, ("test_batch",), 10, _TORONTO), label_key="labels"
-    ),
-    "cifar100": DataSet(
-        *("cifar-100-python", ("train",), ("test",), 100, _TORONTO), label_key="fine_labels"
-    ),
+    "cifar10": DataSet(*_PYTHON10, 10, _TORONTO, label_key="labels"),
+    "cifar100": DataSet(*_PYTHON100, 100, _TORONTO, label_key="fine_labels"),
 }
-# data set, file, bytes and SHA-256 as in the url_checksums of TensorFlow Datasets
+# bytes and SHA-256 of each file of a data set, in its order, or of its archive, as in the
+# url_checksums of TensorFlow Datasets
 _CHECKSUMS = """
-mnist train-images-idx3-ubyte.gz 9912422 \
-    440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609
-mnist train-labels-idx1-ubyte.gz 28881 \
-    3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c
-mnist t10k-images-idx3-ubyte.gz 1648877 \
-    8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6
-mnist t10k-labels-idx1-ubyte.gz 4542 \
-    f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6
-fashion-mnist train-images-idx3-ubyte.gz 26421880 \
-    3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84
-fashion-mnist train-labels-idx1-ubyte.gz 29515 \
-    a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845
-fashion-mnist t10k-images-idx3-ubyte.gz 4422102 \
-    346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073
-fashion-mnist t10k-labels-idx1-ubyte.gz 5148 \
-    67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5
-cifar10 cifar-10-binary.tar.gz 170052171 \
-    c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd
-cifar100 cifar-100-binary.tar.gz 168513733 \
-    58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec
+mnist 9912422 440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609
+mnist 28881 3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c
+mnist 1648877 8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6
+mnist 4542 f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6
+fashion-mnist 26421880 3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84
+fashion-mnist 29515 a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845
+fashion-mnist 4422102 346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073
+fashion-mnist 5148 67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5
+cifar10 170052171 c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd
+cifar100 168513733 58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec
 """
 DOWNLOADS = {name: {} for name in DATASETS}  # data set: {file: (bytes, SHA-256)}
-for _name, _file, _bytes, _digest in (line.split() for line in _CHECKSUMS.split("\n")[1:-1]):
-    DOWNLOADS[_name][_file] = int(_bytes), _digest
+for _name, _bytes, _digest in (line.split() for line in _CHECKSUMS.split("\n")[1:-1]):
+    _set, _known = DATASETS[_name], DOWNLOADS[_name]
+    _files = [_set.archive] if _set.archive else [f"{f}.gz" for f in _set.train + _set.test]
+    _known[_files[len(_known)]] = int(_bytes), _digest
 
 
 def transfer(url, file, size, progress):

@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 import tracemalloc
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -95,14 +96,11 @@ networks = st.builds(
 
 def assert_same_network(a, b):
     """Every number, type and shape is equal."""
-    assert {k: v for k, v in vars(a).items() if k != "layers"} == {
-        k: v for k, v in vars(b).items() if k != "layers"
-    }
-    assert len(a.layers) == len(b.layers)
-    for one, other in zip(a.layers, b.layers):
-        assert vars(one).keys() == vars(other).keys()
-        for name, value in vars(one).items():
-            found = vars(other)[name]
+    for name in {f.name for f in fields(a)} - {"layers"}:
+        assert getattr(a, name) == getattr(b, name)
+    for one, other in zip(a.layers, b.layers, strict=True):
+        for name in [f.name for f in fields(one)]:
+            value, found = getattr(one, name), getattr(other, name)
             if isinstance(value, np.ndarray):
                 assert found.dtype == value.dtype and found.shape == value.shape
                 assert (found == value).all()

@@ -1,5 +1,6 @@
 """Laws 1 and 2 of DESIGN section 9: layers, their gradients, and folding."""
 
+import time
 from fractions import Fraction
 from unittest import mock
 
@@ -74,6 +75,9 @@ def test_winograd_is_the_convolution_and_its_exact_adjoint_on_whole_numbers(
         dz = rng.integers(-9, 10, z.shape).astype(np.float32)
         dx, grads = cqsnn.winograd_backward(dz, cache)
         none, same = cqsnn.winograd_backward(dz, cache, input_gradient=False)
+        spikes = rng.choice([0, 31], x.shape).astype(np.int8)  # the largest that eight bits allow
+        z, _ = cqsnn.winograd(spikes, cqsnn.winograd_kernel(w, stride), pad)
+        assert (z == loop_conv(spikes.astype(np.float32), w, stride, pad)).all()
     dw = cqsnn.winograd_kernel_backward(grads["w"], stride)
     direct = cqsnn.conv_backward(dz, (x, w, stride, pad))
     assert (dx == direct[0]).all() and (dw == direct[1]["w"]).all()
@@ -149,6 +153,37 @@ def test_shards_of_a_batch_depend_on_its_length_alone(n):
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 9])
+def test_items_are_worked_by_turns_in_any_thread_and_given_back_in_order(threads):
+    def square(x):
+        inner = cqsnn.over_shards(
+            lambda y: y + 1, [x, x, x], threads=threads
+        )  # never waits for all
+        return inner[2] - 1 + x * x - x
+
+    items = list(np.arange(7.0))
+    assert cqsnn.over_shards(square, items, threads=threads) == [x * x for x in items]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_an_error_in_any_item_is_raised_once_every_thread_is_at_rest(threads):
+    for wrong in range(5):
+        running = set()
+
+        def run(x, k, wrong=wrong, running=running):
+            running.add(k)
+            time.sleep(0.002)
+            if k == wrong:
+                running.remove(k)
+                raise FloatingPointError(f"item {k}")
+            running.remove(k)
+            return x
+
+        with pytest.raises(FloatingPointError, match=f"item {wrong}"):
+            cqsnn.over_shards(run, [np.zeros(1)] * 5, range(5), threads=threads)
+        assert not running
+
+
 def test_sums_over_shards_are_closed_in_shard_order():
     parts = [np.array(x) for x in (1.0, 1e16, -1e16, 3.0)]
     assert cqsnn.sum_over_shards(parts) == ((1.0 + 1e16) - 1e16) + 3.0 == 3.0
@@ -190,12 +225,17 @@ def test_law_1_gradient_of_batch_norm_over_shards(n, training, seed):
     beta += 64
 
     def run():
-        running = mean.copy(), var.copy()
-        return cqsnn.batch_norm([z[p] for p in parts], gamma, beta, *running, training, RELU)
+        found = [cqsnn.moments(z[p]) for p in parts] if training else None
+        norm, cache = cqsnn.batch_norm(found, gamma, beta, mean.copy(), var.copy())
+        return [cqsnn.activate(z[p], *RELU, norm) for p in parts], cache
 
     us, cache = run()
+    us, inside = zip(*us)
     assert all((u > 0).all() for u in us)
-    dxs, grads = cqsnn.batch_norm_backward([dz[p].copy() for p in parts], cache)
+    found = [cqsnn.norm_sums(z[p], dz[p].copy(), i, cache[0]) for p, i in zip(parts, inside)]
+    dus, sums = zip(*found)
+    how, grads = cqsnn.batch_norm_backward(cqsnn.sum_over_shards(sums), cache)
+    dxs = [cqsnn.norm_input_gradient(z[p], du, *how) for p, du in zip(parts, dus)]
     if training:
         u = np.concatenate(us).reshape(-1, 4)
         np.testing.assert_allclose((u - beta).mean(0), 0, atol=1e-12)  # by its definition
@@ -204,7 +244,12 @@ def test_law_1_gradient_of_batch_norm_over_shards(n, training, seed):
         (gamma, grads["gamma"]),
         (beta, grads["beta"]),
     ):
-        assert_gradient(lambda: ((np.concatenate(run()[0]) - 64) * dz).sum(), array, gradient, rng)
+        assert_gradient(
+            lambda: ((np.concatenate([u for u, _ in run()[0]]) - 64) * dz).sum(),
+            array,
+            gradient,
+            rng,
+        )
 
 
 def test_running_statistics_move_by_the_momentum_in_place():
@@ -212,7 +257,8 @@ def test_running_statistics_move_by_the_momentum_in_place():
     z = rng.normal(5, 2, (40, 3, 3, 2)).astype(np.float32)
     mean, var = np.zeros(2, np.float32), np.ones(2, np.float32)
     one = np.ones(2, np.float32)
-    cqsnn.batch_norm([z[p] for p in cqsnn.shards(40)], one, 0 * one, mean, var, True, RELU)
+    found = [cqsnn.moments(z[p]) for p in cqsnn.shards(40)]
+    cqsnn.batch_norm(found, one, 0 * one, mean, var)
     flat = z.reshape(-1, 2).astype(np.float64)
     # float32 running values: a few units in the last place
     np.testing.assert_allclose(mean, 0.1 * flat.mean(0), rtol=1e-6)
@@ -224,19 +270,26 @@ def test_backward_does_not_see_running_statistics_move_after_its_forward(dtype):
     rng = np.random.default_rng(0)
     z, dz = rng.normal(size=(2, 9, 2, 2, 3)).astype(dtype)
     gamma, beta, mean, var = rng.uniform(0.5, 2, (4, 3)).astype(dtype)
-    _, cache = cqsnn.batch_norm([z], gamma, beta, mean, var, False, RELU)
-    (expected,), before = cqsnn.batch_norm_backward([dz.copy()], cache)
+    norm, cache = cqsnn.batch_norm(None, gamma, beta, mean, var)
+    u, inside = cqsnn.activate(z, *RELU, norm)
+
+    def gradients():
+        du, sums = cqsnn.norm_sums(z, dz.copy(), inside, cache[0])
+        how, grads = cqsnn.batch_norm_backward(sums, cache)
+        return [cqsnn.norm_input_gradient(z, du, *how), *grads.values()]
+
+    expected = gradients()
     mean += 1
     var += 1
-    (dx,), after = cqsnn.batch_norm_backward([dz.copy()], cache)
-    assert (dx == expected).all() and all((after[k] == before[k]).all() for k in before)
+    assert (cqsnn.activate(z, *RELU, norm)[0] == u).all()
+    assert all((a == b).all() for a, b in zip(gradients(), expected, strict=True))
 
 
 def test_batch_norm_of_a_channel_without_variance_is_beta():
     z = np.full((9, 2, 2, 1), 1e4, np.float32)
     stats = np.zeros(1, np.float32), np.ones(1, np.float32)
-    (u,), _ = cqsnn.batch_norm([z], np.float32([3]), np.float32([0.25]), *stats, True, RELU)
-    assert (u == 0.25).all()
+    norm, _ = cqsnn.batch_norm([cqsnn.moments(z)], np.float32([3]), np.float32([0.25]), *stats)
+    assert (cqsnn.activate(z, *RELU, norm)[0] == 0.25).all()
 
 
 NORM_SHAPES = [(9, 3, 5, 4), (3, 40, 7, 2), (70, 6), (2, 4, 4, 1), (1, 1, 9, 3)]
@@ -263,12 +316,12 @@ def test_blocks_take_every_value_once_and_change_nothing_elementwise(monkeypatch
     u = (z - norm[0]) * norm[1] + norm[2]
     assert (a == np.floor(5 * np.clip(u, 0, 1) + 0.5)).all()
     assert (inside == ((u > 0) & (u < 1))).all()
-    same, (dbeta, dx) = cqsnn._norm_sums(z, du, inside, 2 * norm[0])
+    same, (dbeta, dx) = cqsnn.norm_sums(z, du, inside, 2 * norm[0])
     assert same is du
     rows = tuple(range(len(shape) - 1))
     assert (du == da * inside).all() and (dbeta == du.sum(rows, dtype=float)).all()
     assert (dx == ((z - 2 * norm[0]) * du).sum(rows, dtype=float)).all()
-    count, mean, variance = cqsnn.batch_moments([z])
+    count, mean, variance = cqsnn.batch_moments([cqsnn.moments(z)])
     assert count == z.size // shape[-1]
     # float32 sums of at most 9,600 values of about 5, whatever the blocks
     np.testing.assert_allclose(mean, z.mean(rows, dtype=float), rtol=1e-5, atol=1e-6)
@@ -277,7 +330,7 @@ def test_blocks_take_every_value_once_and_change_nothing_elementwise(monkeypatch
 
 def test_variance_beside_a_large_mean_is_not_cancelled():
     z = np.random.default_rng(0).normal(1e4, 1, (64, 32, 32, 8)).astype(np.float32)
-    _, mean, variance = cqsnn.batch_moments([z[p] for p in cqsnn.shards(64)])
+    _, mean, variance = cqsnn.batch_moments([cqsnn.moments(z[p]) for p in cqsnn.shards(64)])
     np.testing.assert_allclose(mean, z.mean((0, 1, 2), dtype=float), rtol=1e-9)
     # float32 sums of 32,768 squares of about 1
     np.testing.assert_allclose(variance, z.var((0, 1, 2), dtype=float), rtol=1e-5)
@@ -311,7 +364,7 @@ def test_a_level_survives_being_pooled_from_four_equal_ones(levels):
     for level in range(levels + 1):
         params["0.beta"][:] = (level + 0.5) / levels
         _, tape = cqsnn.forward(net, params, np.zeros((1, 4, 4, 1), np.float32), "quantize", levels)
-        assert [set(t.outputs[0].ravel()) for t in tape[:3]] == [{level}] * 3
+        assert [set(t.inputs[0].ravel()) for t in tape[1:4]] == [{level}] * 3
 
 
 @pytest.mark.parametrize("activation", ["relu", "clamp"])
@@ -439,12 +492,13 @@ def test_dropout_is_of_convolutions_in_training_and_another_draw_for_each_shard(
     params, x = random_params(net, (9, 8, 2), np.random.default_rng(0)), np.ones((16, 9, 8, 2))
     plain, _ = cqsnn.forward(NET, params, x)
     evaluated, tape = cqsnn.forward(net, params, x)
-    assert (plain == evaluated).all() and all(entry.kept is None for entry in tape)
+    assert (plain == evaluated).all() and all(entry.kept == (None, None) for entry in tape)
     _, tape = cqsnn.forward(net, params, x, rng=np.random.default_rng(1))
-    for layer, entry in zip(net, tape, strict=True):
-        assert (entry.kept is not None) is (layer.kind == "conv")
-        if entry.kept is not None:
-            first, second = entry.kept
+    assert tape[0].kept == (None, None)  # of the input
+    for layer, entry in zip(net[:-1], tape[1:], strict=True):
+        first, second = entry.kept
+        assert (first is not None) is (layer.kind == "conv")
+        if first is not None:
             assert (first != second).any() and set(first.ravel()) == {0, 2}
 
 
@@ -476,7 +530,7 @@ def test_float32_stays_float32(activation):
     _, dlogits = cqsnn.cross_entropy(logits, np.zeros(17, int))
     grads = cqsnn.backward(net, params, tape, dlogits)
     arrays = [logits, dlogits, *grads.values(), *params.values()]
-    arrays += [a for t in tape for a in t.outputs]
+    arrays += [a for t in tape for a in t.inputs]
     assert {a.dtype for a in arrays} == {np.dtype(np.float32)}
 
 

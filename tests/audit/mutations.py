@@ -27,7 +27,7 @@ MUTATIONS = {
         "counts.append(xp.clip(xp.rint(charge / xp.asarray(layer.theta)).astype(int), 0, steps))",
         SIMULATION,
     ),
-    "drop the bias": ("change += self.b", "change += 0 * self.b", SIMULATION),
+    "drop the bias": ("change += self.sums.b", "change += 0 * self.sums.b", SIMULATION),
     "drop the initial potential": (
         "self.v += xp.asarray(sums.layer.v0, sums.integer)",
         "self.v += 0 * xp.asarray(sums.layer.v0, sums.integer)",
