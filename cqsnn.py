@@ -1548,6 +1548,11 @@ class SpikingLayer:
         return np.abs(self.w.astype(np.int64)).reshape(-1, self.w.shape[-1]).sum(0)
 
     @functools.cached_property
+    def divisor(self):
+        """The greatest common divisor of all weights, 0 where all are 0."""
+        return int(np.gcd.reduce(self.w, axis=None))
+
+    @functools.cached_property
     def winograd(self):
         """The weights of a convolution as Winograd's algorithm takes them, float32, and the bound
         of its sums for inputs of 0 and 1."""
@@ -1567,15 +1572,10 @@ class SpikingNetwork:
     encoding: str
     layers: tuple
 
-    @property
+    @functools.cached_property
     def shapes(self):
         """The shape of the input and of each layer's output."""
         return [self.input_shape, *output_shapes(self.layers, self.input_shape, self.classes)]
-
-    @functools.cached_property
-    def units(self):
-        """For each layer, F where all its weights hold that factor, else 1."""
-        return [1 if f.w is None or (f.w % self.unit).any() else self.unit for f in self.layers]
 
     def largest_input(self, i):
         """The largest value that layer i receives in one step: a spike, or a white pixel."""
@@ -1794,10 +1794,10 @@ class Sums:
         if layer.w is None:
             self.w = xp.ones((), exact_dtype(bound))
             return
-        self.unit = unit = snn.units[i]
+        self.unit = unit = 1 if layer.divisor % snn.unit else snn.unit
+        self.of_spikes = largest == 1
         if xp is np and takes_winograd(layer, layer.w, (images, *snn.shapes[i])):
             self.w, bound_of_one = layer.winograd  # whole multiples of unit / 4
-            self.of_spikes = largest == 1
             if bound_of_one * largest * 4 / unit < 2**24:
                 return
         carrier = exact_dtype(bound // unit)

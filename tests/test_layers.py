@@ -156,9 +156,8 @@ def test_shards_of_a_batch_depend_on_its_length_alone(n):
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])
 def test_items_are_worked_by_turns_in_any_thread_and_given_back_in_order(threads):
     def square(x):
-        inner = cqsnn.over_shards(
-            lambda y: y + 1, [x, x, x], threads=threads
-        )  # never waits for all
+        # an item that shares out work of its own does not wait for a thread to come free
+        inner = cqsnn.over_shards(lambda y: y + 1, [x, x, x], threads=threads)
         return inner[2] - 1 + x * x - x
 
     items = list(np.arange(7.0))
@@ -173,10 +172,9 @@ def test_an_error_in_any_item_is_raised_once_every_thread_is_at_rest(threads):
         def run(x, k, wrong=wrong, running=running):
             running.add(k)
             time.sleep(0.002)
-            if k == wrong:
-                running.remove(k)
-                raise FloatingPointError(f"item {k}")
             running.remove(k)
+            if k == wrong:
+                raise FloatingPointError(f"item {k}")
             return x
 
         with pytest.raises(FloatingPointError, match=f"item {wrong}"):
