@@ -44,6 +44,7 @@ def fire(trains, theta, v0, delay):
 
 @given(st.integers(1, 5), st.data(), st.integers(1, 6), small, small, st.integers(-3, 12))
 @example(4, None, 2, -2, 3, 0)
+@example(2, None, 2, -1, 1, 1)  # currents 1, -1: a spike too many, and half a theta taken back
 def test_bounds_of_a_neuron_hold_for_every_train_and_the_worst_reaches_them(
     steps, data, theta, low, high, v0
 ):
