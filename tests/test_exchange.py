@@ -1,6 +1,7 @@
 """In and out: PyTorch's weights, NIR graphs and golden vectors mean what our arrays mean."""
 
 import json
+import re
 
 import nir
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_command import QUICK, arrays_of, assert_refused, assert_works, train_cq
 from test_files import assert_one_line, scratch_folder
+from test_project import ROOT
 
 import cqsnn
 
@@ -439,3 +441,35 @@ def small_layers():
         cqsnn.SpikingLayer("dense", 1, 1, 0, True, w, np.zeros(4, np.int32), *ends),
         cqsnn.SpikingLayer("dense", 1, 1, 0, False, w[:4], np.zeros(4, np.int32), *ends),
     )
+
+
+# The README's Python ------------------------------------------------------------------------------
+
+
+def readme_python(words):
+    """The README's block of Python that holds some words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if words in block)
+
+
+@given(snn=oracle.networks(), seed=st.integers(0, 2**32))
+def test_the_readmes_reader_of_an_snn_file_gives_the_logits_of_streaming(snn, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (1, *snn.input_shape), np.uint8)
+    code, names = readme_python("def streaming"), {}
+    with scratch_folder() as folder:
+        cqsnn.save_snn(folder / "snn.npz", snn)
+        exec(code.replace("benchmarks/results/digits/snn.npz", str(folder / "snn.npz")), names)
+        found = names["streaming"](pixels[0])
+        names["snn"].close()
+    assert found.tolist() == cqsnn.simulate(snn, cqsnn.predicted(snn, pixels)).logits[0].tolist()
+
+
+def test_the_readmes_library_example_and_reader_run_as_they_stand(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    example, reader = {}, {}
+    exec(readme_python("cqsnn.convert"), example)
+    assert len(example["run"].logits) == 500
+    exec(readme_python("def streaming"), reader)
+    snn, image = cqsnn.load_snn("benchmarks/results/digits/snn.npz"), example["images"][0]
+    logits = cqsnn.simulate(snn, cqsnn.encode(image[None], snn.steps)).logits[0]
+    assert reader["streaming"](image).tolist() == logits.tolist()
