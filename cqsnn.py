@@ -53,7 +53,7 @@ import urllib.error
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -298,12 +298,7 @@ GAMMA_START = 0.4  # most of a layer then lies where the clamp lets gradients pa
 
 def pad_borders(x, pad):
     """Add `pad` rows and columns of zeros around images x (N, H, W, C)."""
-    if pad == 0:
-        return x
-    n, height, width, channels = x.shape
-    wide = array_module(x).zeros((n, height + 2 * pad, width + 2 * pad, channels), x.dtype)
-    wide[:, pad:-pad, pad:-pad] = x
-    return wide
+    return array_module(x).pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else x
 
 
 def output_size(shape, size, stride, pad):
@@ -325,11 +320,9 @@ def windows(x, size, stride):
 
 def shifted(x, size, stride):
     """Yield (k, l, view): for each kernel position, the pixels it meets (N, Ho, Wo, C)."""
-    rows = (x.shape[1] - size) // stride * stride + 1
-    columns = (x.shape[2] - size) // stride * stride + 1
-    for k in range(size):
-        for m in range(size):
-            yield k, m, x[:, k : k + rows : stride, m : m + columns : stride]
+    rows, columns = ((n - size) // stride * stride + 1 for n in x.shape[1:3])
+    for k, m in itertools.product(range(size), repeat=2):
+        yield k, m, x[:, k : k + rows : stride, m : m + columns : stride]
 
 
 IM2COL_VALUES = 2**28  # of columns at a time on a GPU: half a GiB in half precision
@@ -414,8 +407,7 @@ def conv_backward(dz, cache, input_gradient=True):
     n, rows, columns, _ = phases.shape
     phases = phases.reshape(n, rows, columns, stride, stride, -1).swapaxes(2, 3)
     wide = phases.reshape(n, rows * stride, columns * stride, -1)
-    reached = wide[:, pad - beyond :, pad - beyond :]
-    reached = reached[:, : x.shape[1], : x.shape[2]]
+    reached = wide[:, pad - beyond :, pad - beyond :][:, : x.shape[1], : x.shape[2]]
     if reached.shape == x.shape:
         return reached, grads
     dx = xp.zeros(x.shape, w.dtype)  # the stride passes over the last rows or columns
@@ -427,8 +419,7 @@ def phase_taps(w, stride):
     """Return weights w (K, K, C, O) as taps (r, r, S*S*C, O) of stride 1 on the S x S phases of an
     image: w[S p + a, S q + b] is tap p, q of phase a, b. Zeros fill K up to r S."""
     size, channels, outputs = len(w), w.shape[2], w.shape[3]
-    rest = -size % stride
-    if rest:
+    if rest := -size % stride:
         w = array_module(w).pad(w, ((0, rest), (0, rest), (0, 0), (0, 0)))
     r = len(w) // stride
     phases = w.reshape(r, stride, r, stride, channels, outputs).swapaxes(1, 2)
@@ -483,10 +474,9 @@ def winograd_kernel_backward(du, stride):
     """dw = G' du G, every tap back in its place."""
     r, outputs = len(du) - 1, du.shape[3]
     g = np.array(WINOGRAD[r][2], du.dtype).T
-    taps = (g @ np.tensordot(g, du.reshape(r + 1, r + 1, -1), 1)).reshape(
-        r, r, stride, stride, -1, outputs
-    )
-    return taps.swapaxes(1, 2).reshape(r * stride, r * stride, -1, outputs)
+    taps = g @ np.tensordot(g, du.reshape(r + 1, r + 1, -1), 1)
+    phases = taps.reshape(r, r, stride, stride, -1, outputs).swapaxes(1, 2)
+    return phases.reshape(r * stride, r * stride, -1, outputs)
 
 
 def winograd_bound(u, largest):
@@ -757,7 +747,6 @@ def batch_moments(found):
 
 ACTIVATIONS = ("relu", "clamp", "quantize")  # in the order of the stages
 
-
 ACTIVATE = """
 extern "C" __global__ void activate(const REAL *z, const REAL *mean, const REAL *scale,
     const REAL *beta, unsigned channels, unsigned activation, double levels, double shift,
@@ -880,9 +869,8 @@ def batch_norm_backward(sums, cache):
     Returns (mean, scale, level, slope) for `norm_input_gradient`, {"gamma": ..., "beta": ...}."""
     mean, inverse, gamma, count = cache
     dbeta, dgamma = sums[0], sums[1] * inverse
-    level, slope = ((g / (count or 1)).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
-    if count is None:
-        level, slope = 0 * level, 0 * slope
+    count = count or math.inf  # running statistics do not move with z: nothing comes back by them
+    level, slope = ((g / count).astype(mean.dtype) for g in (dbeta, dgamma * inverse))
     grads = {"gamma": dgamma.astype(gamma.dtype), "beta": dbeta.astype(gamma.dtype)}
     return (mean, gamma * inverse, level, slope), grads
 
@@ -985,12 +973,14 @@ class Dense:
 
 
 def network(text):
-    """Read a network in the words of DESIGN 4: nCk, with sS and pP where stride or pad is not 1;
+    """Read a network in words: nCk a convolution, with sS and pP where stride or pad is not 1;
     A average and T trainable pooling; FC the last layer, GFC on the mean over positions."""
     words = {"A": AvgPool(), "T": Depthwise(), "FC": Dense(), "GFC": Dense(mean=True)}
     layers = []
     for word in text.split("-"):
         kernel = re.fullmatch(r"(\d+)C(\d+)(?:s(\d+))?(?:p(\d+))?", word)
+        if not kernel:
+            check_choice("network", word, ("nCk, nCksSpP", *words))
         layers.append(Conv(*(int(n or 1) for n in kernel.groups())) if kernel else words[word])
     return tuple(layers)
 
@@ -1201,10 +1191,8 @@ def forward(
         *entry, zs, found = zip(*over_shards(run, zs, seeds, threads=threads))
         norm = statistics = None
         if layer.norm:
-            stats = list(p.values())[2:]
-            norm, statistics = batch_norm(
-                ranks.gather(found) if counted else None, *stats, momentum
-            )
+            found = ranks.gather(found) if counted else None
+            norm, statistics = batch_norm(found, *list(p.values())[2:], momentum)
         tape.append(LayerTape(unit, *entry, zs if layer.norm else None, statistics))
         passed_on = functools.partial(outputs, layer, how, unit, norm)
         seeds = [None] * len(zs)
@@ -1347,8 +1335,7 @@ class Recipe:
     @property
     def stages(self):
         """The stages that have epochs, in order: (activation, epochs)."""
-        stages = ((name, getattr(self, f"{name}_epochs")) for name in ACTIVATIONS)
-        return [(name, epochs) for name, epochs in stages if epochs]
+        return [(name, n) for name in ACTIVATIONS if (n := getattr(self, f"{name}_epochs"))]
 
     def stage_of(self, epoch):
         """Return (activation, epochs done in the stage, epochs of the stage) of a run's epoch."""
@@ -1365,7 +1352,7 @@ def look_up(images, row, column):
     """The pixels at rows and columns, each broadcast to (N, H, W), of images; borders reflect."""
     xp = array_module(images)
     pairs = zip((row, column), images.shape[1:3])
-    row, column = ((k - 1) - abs((k - 1) - abs(a)) for a, k in pairs)
+    row, column = ((k - 1) - abs((k - 1) - a % max(1, 2 * k - 2)) for a, k in pairs)
     return images[xp.arange(len(images))[:, None, None], row, column]
 
 
@@ -1440,11 +1427,10 @@ def first_not_finite(net, params, tape, logits):
     """Return the first layer in which something is not finite, a 0-d array; 0 where all is well.
     NaN or infinity in a layer's sums shows in their batch mean; a layer without batch
     normalisation is judged by its weights, the last one by its logits."""
-    xp, sound = array_module(logits), []
-    for i, (layer, entry) in enumerate(zip(net, tape)):
-        judged = entry.norm[0] if layer.norm else params.get(f"{i}.w", xp.zeros(1))
-        sound.append(xp.isfinite(logits if i == len(net) - 1 else judged).all())
-    return xp.stack(sound).argmin()
+    xp, layers = array_module(logits), enumerate(zip(net[:-1], tape))
+    none = xp.zeros(1)  # of a pooling
+    judged = [e.norm[0] if f.norm else params.get(f"{i}.w", none) for i, (f, e) in layers]
+    return xp.stack([xp.isfinite(a).all() for a in (*judged, logits)]).argmin()
 
 
 @one_blas_thread
@@ -1519,7 +1505,6 @@ def accuracy(net, params, images, labels, recipe, activation, batch=250, threads
 
 
 # 5  Conversion: a trained CNN becomes whole numbers -----------------------------------------------
-
 
 LAYER_ARRAYS = ("w", "b", "theta", "v0")
 
@@ -1621,28 +1606,29 @@ def weight_scale(w, bits, where, channels=False):
 
 
 def integer_layer(layer, folded, scale, shift, unit, whole, fires):
-    """Return a layer in whole numbers (int64), its input in units of 1/whole:
-    w = F rint(W S), b = rint(B S F whole), theta = S F whole, v0 = rint(shift theta); a pooling
-    has weights 1 and theta = K*K whole."""
-    w = b = None
-    theta = layer.size**2 * whole
+    """Return a layer in whole numbers (int32), its input in units of 1/whole, or None where they
+    pass 2**31: w = F rint(W S), b = rint(B S F whole), theta = S F whole, v0 = rint(shift theta);
+    a pooling has weights 1 and theta = K*K whole."""
+    w, b, theta = None, None, np.asarray(layer.size**2 * whole, np.float64)
     if folded is not None:
-        w = unit * np.rint(folded[0] * scale).astype(np.int64)
-        b = np.rint(folded[1] * scale * unit * whole).astype(np.int64)
+        scale = np.asarray(scale, np.float64)  # as an int it may pass 2**63
+        w, b = unit * np.rint(folded[0] * scale), np.rint(folded[1] * scale * unit * whole)
         theta = scale * unit * whole
-    theta = np.asarray(theta, np.int64)
-    v0 = np.rint(shift * theta if fires else 0 * theta).astype(np.int64)
-    return SpikingLayer(layer.kind, layer.size, layer.stride, layer.pad, fires, w, b, theta, v0)
+    arrays = w, b, theta, np.rint(shift * theta if fires else 0 * theta)
+    if not all(np.abs(a).max() < 2**31 for a in arrays if a is not None):  # nor is NaN
+        return None
+    arrays = (a if a is None else a.astype(np.int32) for a in arrays)
+    return SpikingLayer(layer.kind, layer.size, layer.stride, layer.pad, fires, *arrays)
 
 
 def largest_sum(layer, largest_input, steps):
     """Bound every partial sum of a layer's charge: max_o(sum|w| x + |b| steps + |v0|), an int.
     x is the largest value an input may have: in one step, or as its count over all of them."""
+    v0 = np.abs(layer.v0.astype(object))  # Python's numbers: neither |-2**31| nor a sum overflows
     if layer.kind == "pool":
-        return layer.size**2 * largest_input + int(abs(layer.v0).max())
-    bias, v0 = np.abs(layer.b.astype(np.int64)), np.abs(layer.v0.astype(np.int64))
-    channels = zip(layer.absolute_sums, bias, np.broadcast_to(v0, bias.shape))
-    return max(int(w) * largest_input + int(b) * steps + int(v) for w, b, v in channels)
+        return layer.size**2 * largest_input + int(np.max(v0))
+    sums, b = layer.absolute_sums.astype(object), np.abs(layer.b.astype(object))
+    return int((sums * largest_input + b * steps + v0).max())
 
 
 def convert(
@@ -1657,29 +1643,25 @@ def convert(
     check_choice("encoding", encoding, ("spikes", "direct"))
     check_range("weight_bits", weight_bits, 2, 16)
     check_range("steps", steps, 1, 2**31 - 1)
-    last, folded, scales, stored = len(net) - 1, fold(net, params, shape), [], []
+    last, folded, scales = len(net) - 1, fold(net, params, shape), []
     for i, (layer, wb) in enumerate(zip(net, folded)):
         where = f"layer {i} ({layer.kind})"
         channels = channel_scales and i < last
         scales.append(None if wb is None else weight_scale(wb[0], weight_bits, where, channels))
     for unit in (16, 8, 4, 2, 1):
-        layers, too_large = [], None
-        for i, (layer, wb, scale) in enumerate(zip(net, folded, scales)):
+        layers = []
+        for i, parts in enumerate(zip(net, folded, scales)):
             whole = 255 if i == 0 and encoding == "direct" else 1
-            layers.append(integer_layer(layer, wb, scale, shift, unit, whole, i < last))
-            arrays = [getattr(layers[i], name) for name in LAYER_ARRAYS]
-            if max(int(abs(a).max()) for a in arrays if a is not None) >= 2**31:
-                too_large = i
-        if too_large is None:
+            layers.append(integer_layer(*parts, shift, unit, whole, i < last))
+        if None not in layers:
             break
     else:
+        too_large = max(i for i, layer in enumerate(layers) if layer is None)
         wrong = f"layer {too_large}: its weights are too small beside its bias and threshold 1"
         raise ValueError(f"{wrong}: at {weight_bits} bits these pass 2**31, expected less")
-    for f in layers:
-        arrays = {n: a.astype(np.int32) for n, a in vars(f).items() if hasattr(a, "dtype")}
-        stored.append(replace(f, **arrays))
     classes = len(params[f"{last}.b"])
-    return SpikingNetwork(steps, tuple(shape), classes, weight_bits, unit, encoding, tuple(stored))
+    whole = int(steps), tuple(shape), classes, int(weight_bits), unit
+    return SpikingNetwork(*whole, encoding, tuple(layers))
 
 
 def scales(net, params, snn):
@@ -1723,11 +1705,8 @@ def integer_forward(snn, k0, threads=None):
     "direct". The last layer gives its logits, w . k_in + T b. Exact whole numbers."""
     check_input(snn, k0)
     xp, steps = array_module(k0), snn.steps
-    parts = shards(len(k0))
-    sums = [
-        Sums(snn, i, xp, snn.largest_input(i) * steps, steps, parts[0].stop)
-        for i in range(len(snn.layers))
-    ]
+    parts, layers = shards(len(k0)), range(len(snn.layers))
+    sums = [Sums(snn, i, xp, snn.largest_input(i) * steps, steps, parts[0].stop) for i in layers]
 
     def run(inputs):
         charge = inputs * sums[0].integer(steps if snn.encoding == "direct" else 1)
@@ -1794,7 +1773,7 @@ class Sums:
         if layer.w is None:
             self.w = xp.ones((), exact_dtype(bound))
             return
-        self.unit = unit = 1 if layer.divisor % snn.unit else snn.unit
+        self.unit = unit = math.gcd(layer.divisor, 16)  # a power of two, F or more
         self.of_spikes = largest == 1
         if xp is np and takes_winograd(layer, layer.w, (images, *snn.shapes[i])):
             self.w, bound_of_one = layer.winograd  # whole multiples of unit / 4
@@ -1993,8 +1972,8 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     batch, chunk = memory_limits(snn, xp, len(k0), batch, chunk, threads or CORES)
 
     def prepared(i, layer):
-        largest, v0 = snn.largest_input(i), int(abs(layer.v0).max())
-        integer = integer_dtype(snn.steps * largest_sum(layer, largest, 1) + v0)
+        largest = snn.largest_input(i)
+        integer = integer_dtype(snn.steps * largest_sum(layer, largest, 1))
         first = Sums(snn, i, xp, largest * delay, delay, batch, integer) if delay else None
         if delay == snn.steps and layer.fires:  # nothing is left after the delay
             return first, first
@@ -2149,7 +2128,7 @@ def evaluate(
             "accuracy": float(right[-1] / n),
             "curve": (right / n).tolist(),
             "wrong_counts": (wrong / neurons).tolist(),
-            "spikes_per_neuron": float(spikes / neurons.sum()),
+            "spikes_per_neuron": float(spikes / max(neurons.sum(), 1)),
             "synops_per_image": float(synops[0] / n),
             "steps_to_answer": steps_to_answer(snn, schedule),
             "neurobench": neurobench(snn, schedule, n, int(spikes), synops[1:].tolist()),
@@ -2292,7 +2271,8 @@ class Divergence(NamedTuple):
 def divergence(snn, k0, schedule="streaming", threads=None):
     """Simulate k0 (N, H, W, C), recording; return the Run, the Reference and a Divergence for
     each firing layer. Memory grows with N T: a few images at a time."""
-    run, reference = simulate(snn, k0, schedule, True, threads=threads), integer_forward(snn, k0)
+    run = simulate(snn, k0, schedule, True, threads=threads)
+    reference = integer_forward(snn, k0, threads)
     xp, steps, delay, rows = array_module(k0), snn.steps, delay_of(schedule, snn.steps), []
     x, seen_at = Source(k0, steps, snn.encoding).spikes(steps), xp.arange(steps)
     steps_left, seen_at = steps - 1 - seen_at, xp.minimum(seen_at + delay, steps - 1)
@@ -2355,20 +2335,29 @@ LARGEST_FILE = 2**31  # bytes that a file may unpack to: no more is read of any
 
 def unpack(path):
     """Return the bytes of a .gz file, or raise ValueError where they are more than LARGEST_FILE."""
-    parts, size = [], 0
-    with gzip.open(path) as file:
-        while block := file.read(2**20):  # all at once would take LARGEST_FILE for any file
-            parts.append(block)
-            size += len(block)
-            if size > LARGEST_FILE:
-                raise ValueError(f"unpacks to more than {LARGEST_FILE:,} bytes")
-    return b"".join(parts)
+    with gzip.open(path) as file:  # in blocks: at once it would take LARGEST_FILE for any file
+        blocks = iter(lambda: file.read(2**20), b"")
+        data = b"".join(itertools.islice(blocks, LARGEST_FILE // 2**20 + 1))
+    if len(data) > LARGEST_FILE:
+        raise ValueError(f"unpacks to more than {LARGEST_FILE:,} bytes")
+    return data
 
 
 def one_line(error):
     """Return what an error says, or else its name, in one printable line of 200 characters."""
     text = "".join(c if c.isprintable() else " " for c in str(error))
     return " ".join(text.split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def refusing(path, wrong):
+    """Turn whatever a damaged or hostile file brings about into one ValueError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:
+        raise ValueError(f"{path}: {wrong.format(one_line(error))}") from None
 
 
 def check_npz(archive):
@@ -2388,19 +2377,15 @@ def check_npz(archive):
 def read_npz(path, file_format=None):
     """Return the arrays of a .npz file, of a format of ours where one is named, or raise
     ValueError with its name and reason. No pickle."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            check_npz(file.zip)
-            arrays, damaged = dict(file), file.zip.testzip()  # an array read in part has no CRC
-            if damaged:
-                raise ValueError(f"{damaged} fails its checksum")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # zip, zlib, header and type errors: whatever damage brings
-        raise ValueError(f"{path}: damaged or not a .npz file ({one_line(error)})") from None
-    if file_format is None and arrays:
-        return arrays
-    found = str(arrays.pop("format", "none"))
+    wrong = "damaged or not a .npz file ({})"
+    with refusing(path, wrong), np.load(path, allow_pickle=False) as file:
+        check_npz(file.zip)
+        arrays, damaged = dict(file), file.zip.testzip()  # an array read in part has no CRC
+        if damaged:
+            raise ValueError(f"{damaged} fails its checksum")
+    found = None if file_format is None else str(arrays.pop("format", "none"))
+    if not arrays:
+        raise ValueError(f"{path}: holds no arrays, expected some")
     if found != file_format:
         raise ValueError(f"{path}: format {found!r}, expected {file_format!r}")
     return arrays
@@ -2410,15 +2395,12 @@ SNN_FORMAT, MODEL_FORMAT, VECTORS_FORMAT = "cqsnn-snn/1", "cqsnn-model/1", "cqsn
 
 
 def save_snn(path, snn):
-    """Write a SpikingNetwork as an SNN file (DESIGN 7): JSON `network`, int32 arrays i.w i.b
+    """Write a SpikingNetwork as an SNN file: JSON `network`, int32 arrays i.w i.b
     i.theta i.v0."""
-    network = {f.name: getattr(snn, f.name) for f in fields(snn)}
-    network["layers"], arrays = [], {}
-    for i, layer in enumerate(snn.layers):
-        parts = {f.name: getattr(layer, f.name) for f in fields(layer)}
-        found = {f"{i}.{name}": parts.pop(name) for name in LAYER_ARRAYS}
+    network, arrays = asdict(snn), {}
+    for i, layer in enumerate(network["layers"]):
+        found = {f"{i}.{name}": layer.pop(name) for name in LAYER_ARRAYS}
         arrays |= {key: a for key, a in found.items() if a is not None}
-        network["layers"].append(parts)
     text = json.dumps(network)
     write_file(path, lambda f: np.savez_compressed(f, format=SNN_FORMAT, network=text, **arrays))
 
@@ -2426,7 +2408,7 @@ def save_snn(path, snn):
 def load_snn(path):
     """Read an SNN file. Raises ValueError, with its name, where it is not a whole one."""
     arrays = read_npz(path, SNN_FORMAT)
-    try:
+    with refusing(path, "not a whole SNN file: {}"):
         network = json.loads(str(arrays.pop("network")))
         layers = []
         for i, entry in enumerate(network.pop("layers")):
@@ -2437,8 +2419,6 @@ def load_snn(path):
         network["input_shape"] = tuple(network["input_shape"])
         snn = SpikingNetwork(**network, layers=tuple(layers))
         check_network(snn)
-    except Exception as error:  # whatever wrong names, types and numbers bring about
-        raise ValueError(f"{path}: not a whole SNN file: {one_line(error)}") from None
     return snn
 
 
@@ -2471,6 +2451,8 @@ def _check_layer(layer, i, shape):
     if pool and (layer.stride, layer.pad) != (layer.size, 0):
         raise ValueError(f"layer {i}: a pool's stride is its size, and it has no pad")
     out = shape[-1:] if layer.w is None else layer.w.shape[-1:]
+    if out == (0,):
+        raise ValueError(f"array {i}.w: {layer.w.shape}, expected at least one output channel")
     kernel = {"conv": (*square, shape[-1], *out), "depthwise": (*square, shape[-1])}
     w, b = (None, None) if pool else (kernel.get(layer.kind, (math.prod(shape), *out)), out)
     allowed = {"w": (w,), "b": (b,), "theta": ((), out), "v0": ((), out)}
@@ -2495,14 +2477,12 @@ def save_model(path, params, state, meta):
 def load_model(path):
     """Read a checkpoint; return params, state, meta. Raises ValueError, with its name."""
     arrays = read_npz(path, MODEL_FORMAT)
-    try:
+    with refusing(path, "not a whole checkpoint: {}"):
         meta = json.loads(str(arrays.pop("meta")))
         keys = [key.split("/", 1) for key in arrays]
         named = {part: {} for part in ("params", "state")}
         for (part, name), array in zip(keys, arrays.values()):
             named[part][name] = array
-    except Exception as error:
-        raise ValueError(f"{path}: not a whole checkpoint: {one_line(error)}") from None
     return named["params"], named["state"], meta
 
 
@@ -2515,22 +2495,17 @@ def load_state(path):
         from safetensors.numpy import load_file
     except ImportError:
         raise ValueError(f"{path}: reading it needs the package safetensors") from None
-    try:
+    with refusing(path, "damaged or not .safetensors ({})"):  # or of types that NumPy lacks
         arrays = load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # the package's own errors, and types that NumPy lacks
-        raise ValueError(f"{path}: damaged or not .safetensors ({one_line(error)})") from None
-    parts = {name: re.split(r"(\d+)", name) for name in arrays}
     head = {k: k.partition(".")[0] for k in arrays}  # "features", "classifier", or a number
     convolutions = {head[k] for k in arrays if arrays[k].ndim == 4}
     last = {head[k] for k in arrays if arrays[k].ndim == 2} - convolutions  # the dense layers
 
     def place(k):
-        return head[k] in last, [int(x) if x.isdecimal() else x for x in parts[k]]
+        words = re.split(r"(\d+)", k)
+        return head[k] in last, [int(x) if x.isdecimal() else x for x in words]
 
-    order = sorted(parts, key=place)
-    return {name: arrays[name] for name in order}
+    return {name: arrays[name] for name in sorted(arrays, key=place)}
 
 
 def _state_modules(arrays):
@@ -2649,15 +2624,14 @@ def to_nir(snn):
         if layer.kind == "depthwise" or (layer.fires and layer.v0.any()):
             lacks = "depthwise layer" if layer.kind == "depthwise" else "initial potential"
             raise ValueError(f"layer {i}: NIR has no {lacks}, expected a network without one")
-        if layer.kind == "dense":
+        if layer.kind != "pool":
+            w, b = exact(f"{i}.w", channels_first(layer.w, before[-1])), exact(f"{i}.b", layer.b)
+        if layer.kind == "conv":
+            nodes.append(nir.Conv2d(before[:2], w, layer.stride, layer.pad, 1, 1, b))
+        elif layer.kind == "dense":
             if len(before) == 3:
                 nodes.append(nir.Flatten({"input": np.array([before[2], *before[:2]])}, 0, -1))
-            w = exact(f"{i}.w", channels_first(layer.w, before[-1]))
-            nodes.append(nir.Affine(w, exact(f"{i}.b", layer.b)))
-        elif layer.kind == "conv":
-            w = exact(f"{i}.w", channels_first(layer.w, before[-1]))
-            how = (layer.stride, layer.pad, 1, 1, exact(f"{i}.b", layer.b))
-            nodes.append(nir.Conv2d(before[:2], w, *how))
+            nodes.append(nir.Affine(w, b))
         else:
             square = np.array([layer.size, layer.size])
             nodes.append(nir.SumPool2d(square, square, np.array([0, 0])))
@@ -2688,13 +2662,13 @@ def save_nir(path, snn):
     write_file(path, write)
 
 
-def save_vectors(path, snn, k0, schedule="streaming"):
+def save_vectors(path, snn, k0, schedule="streaming", threads=None):
     """Write golden vectors of images k0 under a schedule, for hardware to be compared with:
     `meta` (JSON: schedule, delay, steps, images, encoding, shapes), `input` (direct: pixels; else
     spikes), `i.spikes` and `i.potential` of each firing layer over its own T firing steps and
     after them, `logits` (T, N, classes). Spikes are bits, (T, N, neurons / 8 rounded up), neurons
     in H, W, C order, the first in the highest bit."""
-    run, steps = simulate(snn, k0, schedule, record=True), snn.steps
+    run, steps = simulate(snn, k0, schedule, record=True, threads=threads), snn.steps
     delay, spiking = delay_of(schedule, steps), snn.encoding == "spikes"
 
     def packed(spikes):
@@ -2708,15 +2682,14 @@ def save_vectors(path, snn, k0, schedule="streaming"):
     arrays["logits"] = to_host(run.logits_over_time).astype(np.int64)
     meta = {"schedule": str(schedule), "delay": delay, "steps": steps, "images": len(k0)}
     text = json.dumps(meta | {"encoding": snn.encoding, "shapes": snn.shapes})
-    named = {"format": VECTORS_FORMAT, "meta": text}
-    write_file(path, lambda f: np.savez_compressed(f, **named, **arrays))
+    write_file(path, lambda f: np.savez_compressed(f, format=VECTORS_FORMAT, meta=text, **arrays))
 
 
 def load_vectors(path):
     """Read golden vectors; return meta and the arrays, spikes unpacked as uint8 (T, N, ...).
     Raises ValueError, with the file's name, where it is not a whole one."""
     arrays = read_npz(path, VECTORS_FORMAT)
-    try:
+    with refusing(path, "not whole golden vectors: {}"):
         meta = json.loads(str(arrays.pop("meta")))
         steps, images, shapes = (meta[name] for name in ("steps", "images", "shapes"))
         check_choice("encoding", meta["encoding"], ("spikes", "direct"))
@@ -2737,8 +2710,6 @@ def load_vectors(path):
         for name, shape in bits.items():
             spikes = np.unpackbits(arrays[name], axis=2, count=math.prod(shape))
             arrays[name] = spikes.reshape(steps, images, *shape)
-    except Exception as error:
-        raise ValueError(f"{path}: not whole golden vectors: {one_line(error)}") from None
     return meta, arrays
 
 
@@ -2751,8 +2722,7 @@ class DataSet(NamedTuple):
     classes: int
     source: str  # what the names of `downloads` follow on the web
     archive: str | None = None  # the official archive that may lie in the data folder instead
-    label_bytes: int = 0  # of a CIFAR record, before the pixels; the last one counts
-    label_key: str | None = None  # of the labels in a batch of CIFAR's Python version
+    label: int | str = 0  # bytes of it in a CIFAR record, the last one counts; or, pickled, its key
 
 
 _IDX = (
@@ -2774,8 +2744,8 @@ DATASETS = {
     "cifar100": DataSet(*_CIFAR100, 100, _TORONTO, "cifar-100-binary.tar.gz", 2),
 }
 PICKLED = {  # CIFAR's Python version, as torchvision leaves it
-    "cifar10": DataSet(*_PYTHON10, 10, _TORONTO, label_key="labels"),
-    "cifar100": DataSet(*_PYTHON100, 100, _TORONTO, label_key="fine_labels"),
+    "cifar10": DataSet(*_PYTHON10, 10, _TORONTO, label="labels"),
+    "cifar100": DataSet(*_PYTHON100, 100, _TORONTO, label="fine_labels"),
 }
 # bytes and SHA-256 of each file of a data set, in its order, or of its archive, as in the
 # url_checksums of TensorFlow Datasets
@@ -2890,18 +2860,15 @@ def read_data_files(data_dir, dataset):
             files = ", ".join(dataset.train + dataset.test)
             wrong = f"{choices[0]}: not found, nor {choices[-1]}"
             raise FileNotFoundError(f"{wrong}; expected {files}, from {dataset.source}")
-        try:
+        with refusing(where, "damaged or not readable ({})"):
             if where == archive:
-                plain = io.BytesIO(b"" if members else unpack(where))
-                members = members or tarfile.open(fileobj=plain)  # noqa: SIM115 in memory
+                members = members or tarfile.open(fileobj=io.BytesIO(unpack(where)))  # noqa: SIM115
                 member = members.getmember(f"{dataset.folder}/{name}")
                 if not member.isfile():  # extractfile would follow links, in circles too
                     raise tarfile.ReadError(f"{member.name} is no plain file")
                 data = members.extractfile(member).read()
             else:
                 data = unpack(where) if where.suffix == ".gz" else where.read_bytes()
-        except Exception as error:  # tar, zip and number errors: whatever damage brings
-            raise ValueError(f"{where}: damaged or not readable ({one_line(error)})") from None
         found[name] = where, data
     return found
 
@@ -2951,7 +2918,7 @@ class CifarUnpickler(pickle.Unpickler):
 
 def parse_cifar_pickle(where, data, label_key):
     """Return images (N, 32, 32, 3) and labels (N,) of a batch of CIFAR's Python version."""
-    try:
+    with refusing(where, "damaged or not a CIFAR batch ({})"):
         tuples = 0
         for op, argument, _ in pickletools.genops(data):
             tuples += "TUPLE" in op.name  # a batch has six; hash() of many nested ones crashes
@@ -2969,8 +2936,6 @@ def parse_cifar_pickle(where, data, label_key):
         if kind != ((len(images), 3072), True, False, (len(images),)):
             wrong = f"{len(pixels)} bytes of pixels, {len(labels)} labels"
             raise ValueError(f"{wrong}, not N rows of 3,072 bytes and N labels")
-    except Exception as error:  # whatever a damaged or hostile file brings about
-        raise ValueError(f"{where}: damaged or not a CIFAR batch ({one_line(error)})") from None
     return np.ascontiguousarray(images), labels
 
 
@@ -2986,10 +2951,9 @@ def load_dataset(name, data_dir="data"):
     every = read_data_files(data_dir, dataset)
     for files in (dataset.train, dataset.test):
         found = [every[file] for file in files]
-        if dataset.label_bytes or dataset.label_key:
-            how = (parse_cifar, dataset.label_bytes)
-            parse, labelled = (parse_cifar_pickle, dataset.label_key) if dataset.label_key else how
-            batches = [parse(*item, labelled) for item in found]
+        if dataset.label:
+            parse = parse_cifar_pickle if isinstance(dataset.label, str) else parse_cifar
+            batches = [parse(*item, dataset.label) for item in found]
             images, labels = (np.concatenate(arrays) for arrays in zip(*batches))
         else:
             images, labels = parse_idx(*found[0], 3)[..., None], parse_idx(*found[1], 1)

@@ -2,7 +2,7 @@
 
     python train_cq.py                      # embedded digits, about 20 seconds
     python train_cq.py --dataset cifar10    # see --help for every choice
-    python train_cq.py --simulate runs/digits/snn.npz --steps 16 --schedule streaming 2
+    python train_cq.py --simulate runs/digits-digits/snn.npz --steps 16 --schedule streaming 2
 
 Recipes, command line, progress, reports and pictures are here; all arithmetic is in cqsnn.py.
 """
@@ -45,8 +45,8 @@ RECIPES = {
 _VGG = {"optimizer": "muon", "lr": 0.09, "batch": 256, "dropout": 0.15}
 NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
 SCHEDULES = ("streaming", "1", "2", "4", "synchronous")
-_CIFAR_SCHEDULES = ("streaming", "1", "2", "4", "8", "synchronous")
-DATASET_SCHEDULES = {"cifar10": _CIFAR_SCHEDULES, "cifar100": _CIFAR_SCHEDULES}
+_WITH_8 = ("streaming", "1", "2", "4", "8", "synchronous")
+DATASET_SCHEDULES = dict.fromkeys(("cifar10", "cifar100"), _WITH_8)
 VERSIONS = {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
 VERSIONS |= {"python": platform.python_version()}
 OTHER_IMAGES = 1000  # on which the encoding that the network was not trained for is shown
@@ -70,9 +70,9 @@ def parser():
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images of each part")
     text = "compare recipes: test on the last N training images, not trained on"
     data.add_argument("--hold-out", type=int, metavar="N", help=text)
-    add_recipe_options(p.add_argument_group("recipe: what the data set's own does not say"))
+    add_recipe_options(p.add_argument_group("recipe: instead of the data set's own"))
     snn = p.add_argument_group("spiking network")
-    text = "2 to 16; with several, a table"
+    text = "2 to 16 (default: 8); with several, a table"
     snn.add_argument("--weight-bits", type=int, nargs="+", default=[8], metavar="B", help=text)
     text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
     snn.add_argument("--channel-scales", action="store_true", help=text)
@@ -80,7 +80,8 @@ def parser():
     snn.add_argument("--schedule", nargs="+", metavar="S", help=text)
     text = "simulate this file, train nothing"
     snn.add_argument("--simulate", metavar="SNN.npz", help=text)
-    asked = p.add_argument_group("about the network of --simulate, instead of its accuracy")
+    asked = p.add_argument_group("about the network of --simulate, instead of its accuracy: one of")
+    asked = asked.add_mutually_exclusive_group()
     text = "prove, without images, what its potentials and its wrong counts can reach"
     asked.add_argument("--certify", action="store_true", help=text)
     text = "show where spikes leave what the integer CNN needs: for a test image, or for all"
@@ -91,10 +92,10 @@ def parser():
     asked.add_argument("--record", metavar="VECTORS.npz", help=text)
     asked.add_argument("--export-nir", metavar="FILE.nir", help="write a NIR graph (package nir)")
     run = p.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, metavar="N")
+    run.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random")
     run.add_argument("--device", default="auto", help="auto, cpu or gpu")
     run.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
-    run.add_argument("--tf32", action="store_true", help="train in TF32 (a GPU), faster, 11 bits")
+    run.add_argument("--tf32", action="store_true", help="train in TF32, of 11 bits (a GPU)")
     text = "the run folder (default: runs/DATASET-NET)"
     run.add_argument("--out", metavar="DIR", help=text)
     text = "begin with these weights: a PyTorch state dict (.npz, .safetensors) or a model.npz"
@@ -111,7 +112,7 @@ def add_recipe_options(p):
     p.add_argument("--levels", type=int, metavar="L", help="levels of activations (default: T)")
     p.add_argument("--shift", type=float, help="added to a level before the floor: 0 or 0.5")
     for stage in cqsnn.ACTIVATIONS:
-        p.add_argument(f"--{stage}-epochs", type=int, metavar="N", help=f"of the {stage} stage")
+        p.add_argument(f"--{stage}-epochs", type=int, metavar="N", help=f"with {stage}")
     p.add_argument("--batch", type=int, metavar="N", help="images a training step")
     p.add_argument("--optimizer", help=", ".join(cqsnn.OPTIMIZERS))
     p.add_argument("--lr", type=float, metavar="X", help="highest learning rate of each stage")
@@ -121,7 +122,7 @@ def add_recipe_options(p):
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="mirror training images")
     p.add_argument("--turn", type=float, metavar="X", help="turn them by up to X degrees")
     p.add_argument("--noise", type=float, metavar="X", help="add Gaussian noise, white is 1")
-    p.add_argument("--cutout", type=int, metavar="N", help="paint over NxN pixels of each")
+    p.add_argument("--cutout", type=int, metavar="N", help="paint over a square of NxN pixels")
     text = "let the first convolution start as what decorrelates patches of images"
     p.add_argument("--whiten", action=argparse.BooleanOptionalAction, help=text)
 
@@ -169,9 +170,8 @@ def check_arguments(args, steps):
     for name in ("limit", "threads"):
         if getattr(args, name) is not None:
             cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
-    args.schedule_given = args.schedule is not None
-    if not args.schedule_given:
-        every = DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
+    if args.schedule is None:
+        every = ["streaming"] if args.record else DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
         args.schedule = [s for s in every if not s.isdecimal() or int(s) <= steps]
     for schedule in args.schedule:
         cqsnn.delay_of(schedule, steps)
@@ -288,15 +288,12 @@ def previous_run(folder, settings, expected, epochs, resume):
     theirs = meta["settings"]
     for name in settings | theirs:
         if settings.get(name) != theirs.get(name):
-            raise ValueError(
-                f"{folder}: holds a run with {name} {theirs.get(name)}, found "
-                f"{settings.get(name)}; expected the same, or another --out"
-            )
+            wrong = f"{folder}: holds a run with {name} {theirs.get(name)}"
+            found = settings.get(name)
+            raise ValueError(f"{wrong}, found {found}; expected the same, or another --out")
     if not resume and meta["epoch"] < epochs:
-        raise ValueError(
-            f"{folder}: holds a run after epoch {meta['epoch']} of {epochs}; expected --resume "
-            "to go on with it, or another --out"
-        )
+        wrong = f"{folder}: holds a run after epoch {meta['epoch']} of {epochs}"
+        raise ValueError(f"{wrong}; expected --resume to go on with it, or another --out")
     check_shapes(path, params, expected)
     momenta = {name: array for name, array in state.items() if name != "step"}
     check_shapes(path, momenta, {n: expected.get(n.partition(".")[2], n) for n in momenta})
@@ -310,9 +307,8 @@ class Bar(tqdm):
     """A progress bar in images; where the output is no terminal, a plain line every half minute."""
 
     def __init__(self, total, label, unit=" images"):
-        plain = not sys.stdout.isatty()
-        how = {"mininterval": 30, "miniters": 1} if plain else {}
-        self.plain = plain
+        self.plain = not sys.stdout.isatty()
+        how = {"mininterval": 30, "miniters": 1} if self.plain else {}
         super().__init__(
             *(None, label, total), leave=False, file=sys.stdout, unit=unit, unit_scale=True, **how
         )
@@ -332,38 +328,31 @@ class Bar(tqdm):
 def initial_params(path, net, shape, classes, expected):
     """Return the parameters of --init FILE, of the names and shapes of `expected`."""
     arrays = cqsnn.load_state(path)
-    ours = str(arrays.get("format", "")) == cqsnn.MODEL_FORMAT
-    try:
-        if ours:
-            params = cqsnn.load_model(path)[0]
-        else:
+    if str(arrays.get("format", "")) == cqsnn.MODEL_FORMAT:
+        params = cqsnn.load_model(path)[0]
+    else:
+        try:
             params = cqsnn.from_state(net, arrays, shape, classes)
-    except ValueError as error:
-        raise ValueError(f"--init: {path}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"--init: {path}: {error}") from None
     check_shapes(f"--init: {path}", params, expected)
     return {name: params[name].astype(np.float32) for name in expected}
-
-
-def run_settings(args, recipe):
-    """Return what decides the bits of a run: another one cannot go on with it."""
-    settings = {"dataset": args.dataset, "seed": args.seed, "limit": args.limit}
-    settings |= {"hold_out": args.hold_out, "init": args.init} | asdict(recipe)
-    return settings | ({"tf32": True} if args.tf32 else {})
 
 
 def begin(args, recipe, net, folder, images, xp):
     """Return params and optimiser state on the device, and meta, of a run new or gone on with."""
     classes, epochs = cqsnn.DATASETS[args.dataset].classes, sum(n for _, n in recipe.stages)
-    settings, shape = run_settings(args, recipe), images.shape[1:]
+    shape, names = images.shape[1:], ("dataset", "seed", "limit", "hold_out", "init")
+    settings = {name: getattr(args, name) for name in names} | asdict(recipe)
+    settings |= {"tf32": True} if args.tf32 else {}  # all that decides the bits of a run
     params = cqsnn.init_params(net, shape, classes, np.random.default_rng(args.seed))
     if recipe.whiten:
         few = cqsnn.network_input(cqsnn.to_host(images[:5000]), recipe.steps, recipe.encoding)
         cqsnn.whiten(net, params, few)
     if args.init is not None:
         params = initial_params(args.init, net, shape, classes, params)
-    state, meta = {}, {"settings": settings, "epoch": 0, "log": []}
-    start = previous_run(folder, settings, params, epochs, args.resume)
-    params, state, meta = start or (params, state, meta)
+    new = params, {}, {"settings": settings, "epoch": 0, "log": []}
+    params, state, meta = previous_run(folder, settings, params, epochs, args.resume) or new
     # Adam reads its step number at every step: that stays on the host
     state = {k: a if k == "step" else xp.asarray(a) for k, a in state.items()}
     return {k: xp.asarray(a) for k, a in params.items()}, state, meta
@@ -383,10 +372,8 @@ def train(args, recipe, net, folder, data, xp):
         state = {} if done == 0 else state
         began = time.perf_counter()
         with Bar(len(images), f"epoch {epoch + 1}/{epochs} {activation}") as progress:
-            loss, right = cqsnn.train_epoch(
-                *(net, params, state, images, labels, recipe, args.seed, epoch, progress.update),
-                **args.how,
-            )
+            work = net, params, state, images, labels, recipe, args.seed, epoch, progress.update
+            loss, right = cqsnn.train_epoch(*work, **args.how)
         seconds = time.perf_counter() - began
         tested = cqsnn.accuracy(net, params, *test, recipe, activation, **args.how)
         line = {"epoch": epoch + 1, "stage": activation, "loss": loss, "train_accuracy": right}
@@ -421,18 +408,19 @@ def simulate(args, snn, test, brief=False):
     with Bar(len(test[0]) * len(schedules), label) as progress:
         exact, rows = cqsnn.evaluate(snn, *test, schedules, progress=progress.update, **args.how)
     macs = cqsnn.macs(snn)
-    figures = {"integer_accuracy": exact, "snn_accuracy": {}}
-    for schedule, row in rows.items():
-        for name, value in row.items():
-            name = "snn_accuracy" if name == "accuracy" else name
-            figures.setdefault(name, {})[schedule] = value
+    figures = {name: {s: row[name] for s, row in rows.items()} for name in rows[schedules[0]]}
     seconds = {"simulate": figures.pop("seconds")}
-    return figures | {
-        "macs_per_image": sum(macs),
-        "input_macs_per_image": macs[0] if snn.encoding == "direct" else 0,
-        "images": len(test[0]),
-        "seconds": seconds,
-    }
+    accuracies = {"integer_accuracy": exact, "snn_accuracy": figures.pop("accuracy")}
+    return (
+        accuracies
+        | figures
+        | {
+            "macs_per_image": sum(macs),
+            "input_macs_per_image": macs[0] if snn.encoding == "direct" else 0,
+            "images": len(test[0]),
+            "seconds": seconds,
+        }
+    )
 
 
 def print_result(name, snn, report):
@@ -473,19 +461,19 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#0
 STYLES = ("-", "--", ":", "-.")
 
 
-def draw(folder, report, log=(), snn=None, sample=None):
+def draw(folder, report, log, snn, sample, threads):
     """Draw the run's pictures into its folder: curve.png and latency.png from the report,
     training.png from the log, rates.png, raster.png and weights.png from the network and a
     sample of images (N, H, W, C)."""
     pictures = {"curve": (draw_curve, report), "latency": (draw_latency, report)}
     if log:
         pictures["training"] = draw_training, log
-    if snn is not None:
-        k0 = cqsnn.predicted(snn, sample)
-        run = cqsnn.simulate(snn, k0, record=True)
-        pictures["rates"] = draw_rates, snn, cqsnn.integer_forward(snn, k0), run
-        pictures["raster"] = draw_raster, snn, run
-        pictures["weights"] = draw_weights, snn
+    k0 = cqsnn.predicted(snn, sample)
+    run, first = (cqsnn.simulate(snn, k0[:n], record=n == 1, threads=threads) for n in (len(k0), 1))
+    if run.counts:  # some layer fires
+        pictures["rates"] = draw_rates, snn, cqsnn.integer_forward(snn, k0, threads), run
+        pictures["raster"] = draw_raster, snn, first
+    pictures["weights"] = draw_weights, snn
     save_pictures(folder, pictures)
 
 
@@ -499,9 +487,8 @@ def save_pictures(folder, pictures):
         return
     for name, (picture, *what) in pictures.items():
         figure = picture(pyplot, *what)
-        cqsnn.write_file(
-            folder / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=150)
-        )
+        save = functools.partial(figure.savefig, format="png", dpi=150)
+        cqsnn.write_file(folder / f"{name}.png", save)
         pyplot.close(figure)
 
 
@@ -530,9 +517,7 @@ def draw_curve(pyplot, report):
 def draw_latency(pyplot, report):
     """Accuracy of the answer against the steps it takes, a point for each schedule."""
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for i, block in enumerate([report, report.get("other_encoding")]):
-        if block is None:
-            continue
+    for i, block in enumerate(filter(None, (report, report.get("other_encoding")))):
         steps = list(block["steps_to_answer"].values())
         values, encoding = list(block["snn_accuracy"].values()), block["encoding"]
         label = f"{encoding} input, {block['images']:,} images"
@@ -560,9 +545,8 @@ def draw_training(pyplot, log):
     for i, part in enumerate(("train", "test")):
         values = [line[f"{part}_accuracy"] for line in log]
         bottom.plot(epochs, values, color=COLOURS[i], linestyle=STYLES[i], marker=".", label=part)
-    bottom.set_xlabel("epoch")
+    bottom.set(xlabel="epoch", ylabel="accuracy (train: as augmented)")
     bottom.xaxis.get_major_locator().set_params(integer=True)
-    bottom.set_ylabel("accuracy (train: as augmented)")
     bottom.legend(loc="lower right")
     starts = {line["stage"]: line["epoch"] for line in reversed(log)}
     for stage, epoch in starts.items():
@@ -609,8 +593,7 @@ def draw_raster(pyplot, snn, run, neurons=24):
         step, row = np.nonzero(fired[:, chosen])
         axes.scatter(step + 1, row + i * (neurons + 3), s=9, marker="|", color=COLOURS[i % 7])
     axes.set_yticks(ticks, [f"layer {i} ({f.kind})" for i, f in enumerate(snn.layers[:-1])])
-    axes.set_ylim(-2, len(run.spikes) * (neurons + 3))
-    axes.set_xlim(0.5, snn.steps + 0.5)
+    axes.set(xlim=(0.5, snn.steps + 0.5), ylim=(-2, len(run.spikes) * (neurons + 3)))
     axes.set_xlabel("time step, streaming")
     axes.set_title(f"Spikes for the first test image: {neurons} of each layer's active neurons")
     return figure
@@ -626,15 +609,13 @@ def draw_explanation(pyplot, snn, run, reference, rows, i, names):
         left.plot(steps, cqsnn.to_host(run.logits_over_time[:, 0, name]), **style)
         exact = float(reference.logits[0, name])
         left.plot(snn.steps, exact, "o", color=COLOURS[k], label=f"class {name}, dot: integer CNN")
-    left.set_xlabel("time step of the last layer")
-    left.set_ylabel("logit, potential of the last layer")
+    left.set(xlabel="time step of the last layer", ylabel="logit, potential of the last layer")
     left.legend(fontsize=7)
     sums, places = divergence_sums(rows), np.arange(len(rows))
     neurons = [math.prod(shape) for shape in snn.shapes[1:-1]]
     middle.bar(places - 0.2, sums[:, 1] / neurons, 0.4, color=COLOURS[4], label="too many")
     middle.bar(places + 0.2, sums[:, 2] / neurons, 0.4, color=COLOURS[5], label="too few")
-    middle.set_xlabel("layer")
-    middle.set_ylabel("spikes a neuron")
+    middle.set(xlabel="layer", ylabel="spikes a neuron")
     middle.legend(fontsize=7)
     if i is not None:
         neuron, step = int(rows[i].first_neuron[0]), int(rows[i].first_step[0])
@@ -661,8 +642,8 @@ def draw_weights(pyplot, snn, most=64):
     side = int(np.ceil(np.sqrt(shown)))
     tiles = np.full((side * (size + 1), side * (size + 1), channels), np.nan)
     for i in range(shown):
-        row, column = (size + 1) * (i // side), (size + 1) * (i % side)
-        tiles[row : row + size, column : column + size] = w[..., i] / np.abs(w[..., i]).max()
+        row, column, kernel = (size + 1) * (i // side), (size + 1) * (i % side), w[..., i]
+        tiles[row : row + size, column : column + size] = kernel / max(1, np.abs(kernel).max())
     if channels == 3:
         axes.imshow(np.nan_to_num(tiles, nan=1.0) / 2 + 0.5)
     else:
@@ -674,13 +655,10 @@ def draw_weights(pyplot, snn, most=64):
 
 def stage_accuracies(args, recipe, net, params, log, test):
     """Return the CNN's test accuracy after each stage, for the report."""
-    found = {}
-    for stage in cqsnn.ACTIVATIONS:
-        name = "cq_accuracy" if stage == "quantize" else f"{stage}_accuracy"
-        tested = [line["test_accuracy"] for line in log if line["stage"] == stage]
-        if tested and stage != "quantize":
-            found[name] = tested[-1]
-        elif stage != "relu":  # quantised: with the statistics taken anew since
+    lines = [line for line in log if line["stage"] != "quantize"]  # the last of a stage stays
+    found = {f"{line['stage']}_accuracy": line["test_accuracy"] for line in lines}
+    for stage, name in (("clamp", "clamp_accuracy"), ("quantize", "cq_accuracy")):
+        if name not in found:  # quantised: with the statistics taken anew since
             found[name] = cqsnn.accuracy(net, params, *test, recipe, stage, **args.how)
     return found
 
@@ -693,11 +671,8 @@ def forecast(args, recipe, net, params, data, epochs):
     few = min(recipe.batch, len(images))
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
-        cqsnn.train_epoch(
-            *(net, {k: a.copy() for k, a in params.items()}, {}, images[:few], labels[:few]),
-            *(recipe, args.seed, 0, lambda n: None),
-            **args.how,
-        )
+        trial = net, {k: a.copy() for k, a in params.items()}, {}, images[:few], labels[:few]
+        cqsnn.train_epoch(*trial, recipe, args.seed, 0, lambda n: None, **args.how)
         seconds = (time.perf_counter() - began) / few
     forwards = 0
     for brief in [False, *[True] * (len(set(args.weight_bits)) - 1)]:
@@ -752,7 +727,8 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
     convert_other_encoding(args, report, convert, test)
     if args.ranks.rank == 0:
         write_json(folder / "report.json", report)
-        draw(folder, report, meta["log"], cqsnn.load_snn(folder / "snn.npz"), test[0][:20])
+        snn = cqsnn.load_snn(folder / "snn.npz")
+        draw(folder, report, meta["log"], snn, test[0][:20], args.threads)
     print(f"\nwritten to {folder}: snn.npz, report.json, log.jsonl and pictures (.png)")
 
 
@@ -775,9 +751,8 @@ def train_and_convert(args):
     net = cqsnn.with_dropout(cqsnn.NETWORKS[recipe.net], recipe.dropout)
     shape = data[0][0].shape[1:]
     cqsnn.output_shapes(net, shape, 2)  # refuse images that the network cannot take, first
-    args.folder = folder = Path(
-        args.out or f"runs/{args.dataset}-{recipe.net.replace('*', '-star')}"
-    )
+    name = f"{args.dataset}-{recipe.net.replace('*', '-star')}"
+    args.folder = folder = Path(args.out or f"runs/{name}")
     stages = ", ".join(f"{n} epochs {name}" for name, n in recipe.stages)
     print(
         f"{args.dataset}: {len(data[0][0]):,} images to train, {len(data[1][0]):,} to test; "
@@ -830,7 +805,7 @@ def divergence_sums(rows):
         wrong = cqsnn.to_host(row.wrong)
         sums = (np.count_nonzero(wrong), wrong[wrong > 0].sum(), -wrong[wrong < 0].sum())
         found.append((*sums, int(row.ties.sum())))
-    return np.array(found, np.int64)
+    return np.array(found, np.int64).reshape(-1, 4)
 
 
 def explain_all(args, snn, test, schedule):
@@ -859,13 +834,9 @@ def explain_image(args, snn, test, schedule, index):
     """Print, and with --out draw, how one image's spikes leave what the integer CNN needs."""
     k0 = cqsnn.predicted(snn, test[0][index : index + 1])
     run, reference, rows = cqsnn.divergence(snn, k0, schedule, args.threads)
-    truth, exact, ours = (
-        int(a) for a in (test[1][index], reference.logits.argmax(), run.logits.argmax())
-    )
-    print(
-        f"\nimage {index}, label {truth}: the integer CNN says {exact}, {schedule_label(schedule)} "
-        f"(T = {snn.steps}) says {ours}"
-    )
+    truth, exact, ours = map(int, (test[1][index], reference.logits.argmax(), run.logits.argmax()))
+    spiking = f"{schedule_label(schedule)} (T = {snn.steps}) says {ours}"
+    print(f"\nimage {index}, label {truth}: the integer CNN says {exact}, {spiking}")
     print_divergences(snn, divergence_sums(rows), 1)
     i = next((i for i, row in enumerate(rows) if row.first_step[0]), None)
     if i is None:
@@ -907,18 +878,21 @@ def simulate_file(args):
         export_nir(args.export_nir, snn)
         return
     xp, device = array_library(args.device, args.ranks.local)
-    test = load_data(args, xp)[1]
+    test, classes = load_data(args, xp)[1], cqsnn.DATASETS[args.dataset].classes
+    if snn.classes != classes:
+        found = f"{args.simulate}: a network of {snn.classes} classes"
+        raise ValueError(f"{found}, expected the {classes} of {args.dataset}")
     if args.digest or args.explain or args.record:
         (digest if args.digest else explain if args.explain else record)(args, snn, test)
         return
     report = {"command": " ".join(["python train_cq.py", *args.command]), "device": device}
     report |= {"dataset": args.dataset, "steps": snn.steps, "encoding": snn.encoding}
-    report |= simulate(args, snn, test)
+    report |= {"date": time.strftime("%Y-%m-%d", time.gmtime())} | simulate(args, snn, test)
     print_result(f"{args.simulate}: {args.dataset}", snn, report)
     if args.out and args.ranks.rank == 0:
         with locked(Path(args.out)):
             write_json(Path(args.out) / "report.json", report)
-            draw(Path(args.out), report, (), snn, test[0][:20])
+            draw(Path(args.out), report, (), snn, test[0][:20], args.threads)
 
 
 def export_nir(path, snn):
@@ -933,22 +907,22 @@ def export_nir(path, snn):
 def digest(args, snn, test):
     """Print SHA-256 of all spikes of every schedule."""
     for schedule in schedules_of(args):
-        found = cqsnn.spike_digest(snn, cqsnn.predicted(snn, test[0]), schedule)
+        k0 = cqsnn.predicted(snn, test[0])
+        found = cqsnn.spike_digest(snn, k0, schedule, threads=args.threads)
         print(f"{schedule_label(schedule):12} {len(test[0]):6,} images  {found}")
 
 
 def record(args, snn, test):
     """Write golden vectors of the test images, of streaming unless --schedule says else."""
-    schedules = schedules_of(args) if args.schedule_given else ["streaming"]
+    schedules = schedules_of(args)
     if len(schedules) != 1:
         raise ValueError(f"--schedule: {len(schedules)} of them, expected one with --record")
     if args.limit is None:
         raise ValueError("--limit: none, expected a number of images with --record")
-    cqsnn.save_vectors(args.record, snn, cqsnn.predicted(snn, test[0]), *schedules)
-    print(
-        f"written: {args.record}: {len(test[0])} images, {schedule_label(schedules[0])}, "
-        f"T = {snn.steps}"
-    )
+    k0 = cqsnn.predicted(snn, test[0])
+    cqsnn.save_vectors(args.record, snn, k0, *schedules, args.threads)
+    label = schedule_label(schedules[0])
+    print(f"written: {args.record}: {len(test[0])} images, {label}, T = {snn.steps}")
 
 
 def explain(args, snn, test):
@@ -995,12 +969,13 @@ def main(command=None):
         args = parser().parse_args(command)
         args.command, args.ranks = command, ranks
         args.how = {"threads": args.threads or ranks.threads, "ranks": ranks}
-        for name in ("certify", "explain", "digest", "record", "export_nir"):
-            if getattr(args, name) and not args.simulate:
-                wrong = f"--{name.replace('_', '-')}: no network to ask about"
+        asked = ("certify", "explain", "digest", "record", "export_nir")
+        for name in (f"--{n.replace('_', '-')}" for n in asked if getattr(args, n)):
+            if not args.simulate:
+                wrong = f"{name}: no network to ask about"
                 raise ValueError(f"{wrong}, expected --simulate SNN.npz with it")
-            if getattr(args, name) and ranks.size > 1:
-                raise ValueError(f"--{name.replace('_', '-')}: {ranks.size} ranks, expected one")
+            if ranks.size > 1:
+                raise ValueError(f"{name}: {ranks.size} ranks, expected one")
         (simulate_file if args.simulate else train_and_convert)(args)
     except KeyboardInterrupt:
         folder = getattr(args, "folder", None)

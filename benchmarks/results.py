@@ -4,7 +4,8 @@
     python benchmarks/results.py                 # write benchmarks/results/README.md
 
 Kept: report.json and log.jsonl, snn.npz where it has at most 4 MiB (a digest of it otherwise),
-and latency.png. Rows on test images and comparisons on held-out training images are two tables.
+and latency.png. A run of --simulate is a line of a table of its own, and so is a comparison on
+held-out training images.
 """
 
 import hashlib
@@ -38,6 +39,8 @@ def add(run, name):
     for file in ("report.json", "log.jsonl", "latency.png"):
         if (run / file).exists():
             shutil.copyfile(run / file, kept / file)
+    if not (run / "snn.npz").exists():
+        return  # of --simulate: the network is that of another run
     snn = (run / "snn.npz").read_bytes()
     text = f"{hashlib.sha256(snn).hexdigest()}  snn.npz  {len(snn)} bytes\n"
     (kept / "snn.sha256").write_text(text)
@@ -59,6 +62,8 @@ def command(report):
     """Return a run's command without what belongs to one machine (folders, --resume), and with
     options for what the data set's recipe said then and says no more."""
     text = re.sub(r" --(out|threads) \S+| --resume", "", report["command"])
+    if "recipe" not in report:
+        return re.sub(r"--data-dir \S+", "--data-dir DIR", text)
     words = text.replace("python train_cq.py", "").split()
     now = asdict(train_cq.chosen_recipe(train_cq.parser().parse_args(words)))
     for name, value in (asdict(Recipe("")) | report["recipe"]).items():
@@ -134,6 +139,14 @@ def row(name, report):
     return lines
 
 
+def simulation(name, report):
+    """Return the line of a network that was simulated by itself."""
+    return (
+        f"| {name} | `{command(report)}` | {report['steps']} | {report['images']:,} "
+        f"| {percent(report['integer_accuracy'])} | {schedules(report)} |"
+    )
+
+
 def comparison(name, report):
     """Return the line of a run that was judged on held-out training images."""
     return (
@@ -145,11 +158,17 @@ def comparison(name, report):
 def write():
     """Write the README of the results from the reports that are there."""
     found = {p.parent.name: json.loads(p.read_text()) for p in RESULTS.glob("*/report.json")}
-    rows = {name: report for name, report in sorted(found.items()) if not report["hold_out"]}
+    found = dict(sorted(found.items()))
+    alone = {name: report for name, report in found.items() if "recipe" not in report}
+    held = {name: report for name, report in found.items() if report.get("hold_out")}
     lines = [INTRODUCTION.format(notes="Accuracies are in per cent.")]
-    for name, report in rows.items():
-        lines += row(name, report)
-    held = {name: report for name, report in sorted(found.items()) if report["hold_out"]}
+    for name, report in found.items():
+        lines += [] if name in alone or name in held else row(name, report)
+    if alone:
+        lines += ["## Networks above at other T", ""]
+        lines += ["| name | command | T | images | integer CNN | spiking (steps) |"]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [simulation(name, report) for name, report in alone.items()] + [""]
     if held:
         lines += [
             "## Comparisons",

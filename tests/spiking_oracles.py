@@ -153,7 +153,8 @@ def networks(draw):
         (inputs,) = cqsnn.output_shapes([layer], inputs, 0)
     layers.append(_layer(draw, "dense", int(np.prod(inputs)), False, outputs=3))
     steps, encoding = draw(st.integers(1, 6)), draw(st.sampled_from(["spikes", "direct"]))
-    snn = cqsnn.SpikingNetwork(steps, shape, 3, 8, 1, encoding, tuple(layers))
+    unit = draw(st.sampled_from([1, 3, 16]))  # most weights are no multiples of it
+    snn = cqsnn.SpikingNetwork(steps, shape, 3, 8, unit, encoding, tuple(layers))
     cqsnn.check_network(snn)
     return snn
 

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from subprocess import TimeoutExpired
 
@@ -609,6 +610,30 @@ def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):
     digests = [line.split()[-1] for line in done.stdout.splitlines()]
     k0 = cqsnn.predicted(snn, images)
     assert digests == [cqsnn.spike_digest(snn, k0, s) for s in ("streaming", "2")]
+
+
+def test_a_network_of_other_classes_and_two_questions_at_once_are_refused(quick, tmp_path):
+    how = ("--simulate", str(quick / "run" / "snn.npz"))
+    snn = cqsnn.load_snn(how[1])
+    last = snn.layers[-1]
+    last = replace(last, w=last.w[:, :9], b=last.b[:9])
+    cqsnn.save_snn(tmp_path / "nine.npz", replace(snn, classes=9, layers=(*snn.layers[:-1], last)))
+    assert_refused(train_cq(tmp_path, "--simulate", "nine.npz"), "nine.npz", "9 classes", "10")
+    assert_refused(train_cq(tmp_path, *how, "--certify", "--digest"), "--certify", "--digest")
+
+
+def test_a_network_of_one_layer_is_simulated_explained_and_drawn(tmp_path):
+    last = cqsnn.SpikingLayer(
+        *("dense", 1, 1, 0, False, np.eye(64, 10, dtype=np.int32), np.zeros(10, np.int32)),
+        *(np.array(1, np.int32), np.array(0, np.int32)),
+    )
+    snn = cqsnn.SpikingNetwork(4, (8, 8, 1), 10, 8, 1, "spikes", (last,))
+    cqsnn.save_snn(tmp_path / "one.npz", snn)
+    how = ("--simulate", "one.npz", "--limit", "3", "--out", "out")
+    assert_works(train_cq(tmp_path, *how))
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["images"] == 3
+    assert_works(train_cq(tmp_path, *how, "--explain", "0", "--schedule", "streaming"))
+    assert (tmp_path / "out" / "explain-0-streaming.png").exists()
 
 
 @pytest.mark.parametrize("question", ["certify", "explain", "digest", "record x.npz"])

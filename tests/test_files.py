@@ -201,6 +201,7 @@ SPOILED_SNN = {
     "theta of another length": instead("0.theta", lambda a: np.append(a, a[:1])),
     "theta in a list": instead("2.theta", lambda a: a[None]),
     "dense of other inputs": instead("4.w", lambda a: a[:-1]),
+    "no outputs": lambda a: a.update({"4.w": a["4.w"][:, :0], "4.b": a["4.b"][:0]}),
     "theta 0": instead("0.theta", zero_first),
     "negative theta": instead("1.theta", lambda a: -a),
     "object array": instead("0.w", lambda a: np.array([None, {}], object)),

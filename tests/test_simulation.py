@@ -478,6 +478,55 @@ def test_weights_too_small_for_any_unit_are_refused():
         cqsnn.convert(cqsnn.network("FC"), params, (2, 2, 1), 4, 16)
 
 
+@pytest.mark.parametrize("w, b", [(1e-20, [1, 0]), (1, [1e20, 0]), (1, [float("nan"), 0])])
+def test_numbers_beyond_64_bits_are_refused_not_wrapped(w, b):
+    params = {"0.w": np.full((4, 2), w, np.float64), "0.b": np.array(b)}
+    with pytest.raises(ValueError, match=r"layer 0: .* pass 2\*\*31"):
+        cqsnn.convert(cqsnn.network("FC"), params, (2, 2, 1), 4, 16)
+
+
+def one_neuron(w, theta, v0=0, bias=0, steps=1, unit=1):
+    """A network of one firing neuron on flat inputs, and a last layer that passes it on."""
+    w, b = np.array(w, np.int32).reshape(-1, 1), np.array([bias], np.int32)
+    theta, v0, one = (np.array(n, np.int32) for n in (theta, v0, 1))
+    layers = (
+        cqsnn.SpikingLayer("dense", 1, 1, 0, True, w, b, theta, v0),
+        cqsnn.SpikingLayer("dense", 1, 1, 0, False, one.reshape(1, 1), 0 * b, one, 0 * one),
+    )
+    snn = cqsnn.SpikingNetwork(steps, (1, 1, len(w)), 1, 8, unit, "spikes", layers)
+    cqsnn.check_network(snn)
+    return snn
+
+
+@pytest.mark.parametrize("schedule", ["streaming", "synchronous"])
+def test_a_unit_that_is_no_power_of_two_leaves_sums_exact(schedule):
+    """2**24 + 5 is no float32, though a third of it rounds to one below 2**24."""
+    snn = one_neuron([2**24 - 1, 6], theta=2**24 + 5, unit=3)
+    run = cqsnn.simulate(snn, np.ones((1, 1, 1, 2), int), schedule)
+    assert run.logits == 1
+
+
+@pytest.mark.parametrize("schedule", ["streaming", "synchronous"])
+def test_the_lowest_initial_potential_does_not_wrap(schedule):
+    snn, k0 = one_neuron([0], theta=1, v0=-(2**31), bias=-1), np.ones((1, 1, 1, 1), int)
+    assert cqsnn.simulate(snn, k0, schedule).logits == cqsnn.integer_forward(snn, k0).logits == 0
+
+
+def test_a_network_of_one_layer_has_no_spikes_to_count():
+    snn = one_neuron([3, -1], theta=2)
+    snn = replace(snn, layers=(replace(snn.layers[0], fires=False),))
+    cqsnn.check_network(snn)
+    images = np.full((2, 1, 1, 2), 255, np.uint8)
+    exact, report = cqsnn.evaluate(snn, images, np.zeros(2, int), ["streaming"])
+    assert exact == report["streaming"]["accuracy"] == 1
+    assert report["streaming"]["spikes_per_neuron"] == 0
+
+
+def test_a_word_that_is_no_layer_is_refused():
+    with pytest.raises(ValueError, match=r"network: 'B', expected one of nCk"):
+        cqsnn.network("32C3-B-FC")
+
+
 def test_steps_to_answer_grow_by_the_delay_for_each_firing_layer():
     net, params = random_cnn(WORDS[0], (9, 8, 2), 0)
     snn = cqsnn.convert(net, params, (9, 8, 2), 16)

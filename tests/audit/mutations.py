@@ -64,8 +64,8 @@ MUTATIONS = {
         "tests/test_layers.py",
     ),
     "floor, not round, the weights": (
-        "w = unit * np.rint(folded[0] * scale).astype(np.int64)",
-        "w = unit * np.floor(folded[0] * scale).astype(np.int64)",
+        "unit * np.rint(folded[0] * scale)",
+        "unit * np.floor(folded[0] * scale)",
         SIMULATION,
     ),
     "float32 one bit too far": (
