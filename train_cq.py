@@ -879,7 +879,7 @@ def simulate_file(args):
         return
     xp, device = array_library(args.device, args.ranks.local)
     test, classes = load_data(args, xp)[1], cqsnn.DATASETS[args.dataset].classes
-    if snn.classes != classes:
+    if snn.classes != classes and not (args.digest or args.record):  # which need no labels
         found = f"{args.simulate}: a network of {snn.classes} classes"
         raise ValueError(f"{found}, expected the {classes} of {args.dataset}")
     if args.digest or args.explain or args.record:
