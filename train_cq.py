@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import threadpoolctl
 from tqdm import tqdm
 
 import cqsnn
@@ -78,10 +79,9 @@ def parser():
     snn.add_argument("--channel-scales", action="store_true", help=text)
     text = "streaming, synchronous or a delay of 0 to T steps a layer"
     snn.add_argument("--schedule", nargs="+", metavar="S", help=text)
-    text = "simulate this file, train nothing"
-    snn.add_argument("--simulate", metavar="SNN.npz", help=text)
-    asked = p.add_argument_group("about the network of --simulate, instead of its accuracy: one of")
-    asked = asked.add_mutually_exclusive_group()
+    snn.add_argument("--simulate", metavar="SNN.npz", help="simulate this file, train nothing")
+    text = "about the network of --simulate, instead of its accuracy: one of"
+    asked = p.add_argument_group(text).add_mutually_exclusive_group()
     text = "prove, without images, what its potentials and its wrong counts can reach"
     asked.add_argument("--certify", action="store_true", help=text)
     text = "show where spikes leave what the integer CNN needs: for a test image, or for all"
@@ -181,12 +181,13 @@ def check_arguments(args, steps):
 
 
 def cpu_name():
-    """Return what the CPU calls itself, and how many cores we may use."""
+    """Return what the CPU calls itself, how many cores we may use, and what BLAS takes it for."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), name)
-    return f"{name}, {cqsnn.CORES} cores"
+    blas = {library.get("architecture") for library in threadpoolctl.threadpool_info()} - {None}
+    return ", ".join([name, f"{cqsnn.CORES} cores", *(f"BLAS for {kind}" for kind in blas)])
 
 
 def array_library(device, local=None):
@@ -523,11 +524,13 @@ def draw_latency(pyplot, report):
         label = f"{encoding} input, {block['images']:,} images"
         axes.plot(steps, values, color=COLOURS[i], marker="os"[i], linestyle=STYLES[i], label=label)
         for name, x, y in zip(block["snn_accuracy"], steps, values):
-            axes.annotate(name, (x, y), (4, -11), textcoords="offset points", fontsize=7)
+            where = {"textcoords": "offset points", "ha": "center", "fontsize": 7}
+            axes.annotate(name, (x, y), (0, -13), **where)
         exact = block["integer_accuracy"]
         label = f"integer CNN, {encoding} input ({exact:.4f})"
         axes.axhline(exact, color=COLOURS[i], linewidth=0.8, alpha=0.6, label=label)
     axes.set_xscale("log", base=2)
+    axes.margins(0.1)  # names stay inside
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("time steps to the answer (names: delay of each layer, steps)")
     axes.set_ylabel("accuracy of the spiking network")
@@ -692,11 +695,10 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
     (images, _), test = data
     report = {
         "command": " ".join(["python train_cq.py", *args.command]),
-        "seed": args.seed,
         "versions": VERSIONS,
         "device": device,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **{n: getattr(args, n) for n in ("dataset", "hold_out", "limit")},
+        **{n: getattr(args, n) for n in ("seed", "dataset", "hold_out", "limit")},
         **{n: getattr(recipe, n) for n in ("net", "encoding", "levels", "shift", "steps")},
         "recipe": asdict(recipe),
         "epochs": dict(recipe.stages),

@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import cqsnn  # noqa: E402 (the repository's own, wherever the command was started)
+import train_cq  # noqa: E402
 
 LAYOUTS = ("contiguous", "channels-last")
 # Fresh large arrays come from the system and go back to it, and every page of them costs a fault;
@@ -432,13 +433,6 @@ def startup_lines(seconds):
 # The run ------------------------------------------------------------------------------------------
 
 
-def hardware():
-    """Return the processor's name, from where Linux says it."""
-    info = Path("/proc/cpuinfo").read_text()
-    names = [line.split(":")[1].strip() for line in info.splitlines() if "model name" in line]
-    return f"{names[0] if names else platform.processor()}, {cqsnn.CORES} cores"
-
-
 def versions(peer_python):
     """Return the versions of Python and of the packages on both sides."""
     pinned = subprocess.run([peer_python, "-m", "pip", "freeze"], capture_output=True, text=True)
@@ -511,7 +505,7 @@ def measure_all(options, peer_python, work, show):
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["bench.py", *sys.argv[1:]]),
         "device": options.device,
-        "hardware": hardware(),
+        "hardware": train_cq.cpu_name(),
         "versions": versions(peer_python),
         "rounds": options.rounds,
     }
