@@ -1262,7 +1262,7 @@ def adam(params, grads, state, rate, threads=None, beta1=0.9, beta2=0.999, eps=1
 
 def orthogonalise(g):
     """Return the matrix g (rows <= columns) with singular values near 1: X <- g / |g|, then
-    three times M = X X', X <- a X + (b M + c M M) X (DESIGN: Muon)."""
+    three times M = X X', X <- a X + (b M + c M M) X (Jordan et al., 2024)."""
     a, b, c = NEWTON_SCHULZ
     x = g / (array_module(g).linalg.norm(g) + 1e-7)
     for _ in range(3):
@@ -1547,7 +1547,7 @@ class SpikingLayer:
 
 @dataclass(frozen=True, eq=False)
 class SpikingNetwork:
-    """A converted network: layers, and how its input comes. `unit` is F of DESIGN 3.5."""
+    """A converted network: layers, and how its input comes. `unit` is F of `integer_layer`."""
 
     steps: int
     input_shape: tuple
@@ -1862,7 +1862,7 @@ extern "C" __global__ void fire(const REAL *products, const WHOLE *bias, const W
 class Population:
     """The IF neurons of one layer for a block of images, at a point of their own time.
     They integrate the first d steps of their input in silence, all at once; then, at each of T
-    steps, the next input if any is left, and fire where v >= theta (DESIGN 3.4). What is left
+    steps, the next input if any is left, and fire where v >= theta. What is left
     when the input is over is a charge v that pays for floor(v / theta) spikes, one a step."""
 
     def __init__(self, shape, sums, first_sums, below, steps, delay, chunk, record):
@@ -2187,7 +2187,8 @@ def largest_of_smaller(rising, falling, low, high, shape):
 def count_errors(layer, lowest, highest, steps, delay):
     """Bound how far the counts of a layer can be from clamp(floor(U / theta), 0, T), arrays like
     `lowest` and `highest`, the currents that each neuron can have in a step. Let N = max(0,
-    -lowest), X = max(0, highest), and d the delay; P, Q, U as in DESIGN 3.4.
+    -lowest), X = max(0, highest), d the delay, P(s) the charge after s steps of input (v0 and the
+    currents), Q(j) = P(min(d + j, T)) what the j-th comparison has seen, and U = P(T).
     Early: let the last of c spikes fire at time s < T. Then c <= s - d, c theta <= P(s) <= v0 +
     s X, and U >= P(s) - (T - s) N: the excess is at most min(c, ceil((T - s) N / theta)).
     Late: let j be the last firing step without a spike, at which c_j >= floor(Q(j) / theta);

@@ -1,4 +1,4 @@
-"""Law 10 of DESIGN section 9 without a GPU: CUDA's sources, compiled by g++, and the path that
+"""Law 10 of the README without a GPU: CUDA's sources, compiled by g++, and the path that
 cqsnn takes on a GPU, on the stand-in of device.py. What only a GPU can show is in
 test_simulation.py, skipped where there is none."""
 

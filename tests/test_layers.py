@@ -1,4 +1,4 @@
-"""Laws 1 and 2 of DESIGN section 9: layers, their gradients, and folding."""
+"""Laws 1 and 2 of the README: layers, their gradients, and folding."""
 
 import time
 from fractions import Fraction

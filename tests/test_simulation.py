@@ -1,4 +1,4 @@
-"""Laws 3 to 12 of DESIGN section 9: spiking arithmetic, in whole numbers, compared with ==."""
+"""Laws 3 to 12 of the README: spiking arithmetic, in whole numbers, compared with ==."""
 
 import warnings
 from dataclasses import replace
@@ -401,7 +401,7 @@ WORDS = ("3C3-A-4C3s2-FC", "3C2p0-T-GFC", "A-5C3-FC", "4C3-T-A-GFC")
     st.integers(0, 2**32),
     st.booleans(),
 )
-def test_converted_layers_follow_the_formulas_of_design(words, bits, shift, encoding, seed, flat):
+def test_converted_layers_follow_their_formulas(words, bits, shift, encoding, seed, flat):
     net, params = random_cnn(words, (9, 8, 2), seed)
     for key in params:
         if key.endswith(".w") and flat:

@@ -96,7 +96,7 @@ def random_network(rng, steps, shape, encoding, half, by_channel, entries):
 
 
 def input_spikes(pixels, steps):
-    """Algorithm 2 by its closed form: (T, N, H, W, C) uint8 (DESIGN 3.2)."""
+    """Algorithm 2 by its closed form: (T, N, H, W, C) uint8."""
     k0 = pixels.astype(np.int64) * steps // 255
     t = np.arange(1, steps + 1).reshape(-1, 1, 1, 1, 1)
     return (k0 * t // steps - k0 * (t - 1) // steps).astype(np.uint8)

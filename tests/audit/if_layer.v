@@ -1,4 +1,4 @@
-// One layer of integrate-and-fire neurons in whole numbers: DESIGN.md 3.3 and 3.4, as hardware
+// One layer of integrate-and-fire neurons in whole numbers, as hardware
 // would have it. Behavioural, for Icarus Verilog (verilog.py writes the memory files and reads
 // what comes out). An input that spikes adds its weights to the potentials of the neurons that
 // it reaches. Sums wrap in two's complement, so the order of the additions does not matter: a

@@ -104,7 +104,7 @@ def simulate(case):
     network, groups, monitors, shapes = build(case, period)
     for _ in range(images):
         for group, layer, shape in zip(groups, case.layers, shapes):
-            # the last layer's potential starts at 0: its v0 plays no part (DESIGN 3.5)
+            # the last layer's potential starts at 0: its v0 plays no part
             group.v = np.broadcast_to(layer.v0 if layer.fires else 0, shape).ravel()
         network.run(period * ms)
     recorded = []  # (images * period, neurons) each

@@ -1,4 +1,4 @@
-"""SNN files (DESIGN section 7) and the audit's case folders, read with NumPy alone.
+"""SNN files (README, "The network elsewhere") and the audit's case folders, read with NumPy alone.
 
 The runners share this module. Nothing here or in them imports cqsnn: the networks are built
 from what the file format documents, so a mistake of ours cannot be repeated on the other side.
