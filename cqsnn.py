@@ -388,31 +388,57 @@ def conv(x, w, stride, pad):
 
 
 def conv_backward(dz, cache, input_gradient=True):
-    """dw = cols' dz;  dx[n,y,x,c] = sum of dz[n,i,j,o] w[k,l,c,o] where i*stride+k-pad = y, and l
-    likewise: a convolution of stride 1 again, of dz with the kernel turned about, which gives
-    every phase of the image as channels (see `phase_taps`).
+    """dw = cols' dz, and dcols = dz w' adds up in dx where the rows of cols were copied from; or,
+    where that is less work, dx is a convolution again: see `turned_conv`.
     Returns dx (None unless input_gradient), {"w": dw}."""
     x, w, stride, pad = cache
-    xp = array_module(x)
-    dw = xp.zeros((w[..., 0].size, w.shape[3]), w.dtype)
+    xp, flat = array_module(x), w.reshape(-1, w.shape[3])
+    dw, dx, reach = xp.zeros(flat.shape, w.dtype), None, -(-len(w) // stride) - 1
+    grown = math.prod(n + reach - 2 * min(reach, pad) * (stride == 1) for n in dz.shape[1:3])
+    scatter = input_gradient and grown > MOST_GROWN * math.prod(dz.shape[1:3])
+    if scatter:
+        dx = xp.zeros((len(x), *(n + 2 * pad for n in x.shape[1:3]), x.shape[3]), w.dtype)
     for images, rows in column_blocks(x, len(w), stride, pad, w.dtype):
-        dw += rows.T @ dz[images].reshape(-1, w.shape[3])
-    grads = {"w": dw.reshape(w.shape)}
-    if not input_gradient:
-        return None, grads
-    taps = phase_taps(w, stride)
+        part = dz[images].reshape(-1, w.shape[3])
+        dw += rows.T @ part
+        if scatter:
+            add_columns(xp.matmul(part, flat.T, out=rows), dx[images], len(w), stride)
+    if scatter:
+        dx = dx[:, pad : dx.shape[1] - pad, pad : dx.shape[2] - pad]
+    elif input_gradient:
+        dx = turned_conv(dz, w, stride, pad, x.shape)
+    return dx, {"w": dw.reshape(w.shape)}
+
+
+MOST_GROWN = 1.3  # outputs of `turned_conv`, to those of conv: beyond, adding columns is faster
+
+
+def add_columns(cols, dx, size, stride):
+    """Add im2col's rows (N*Ho*Wo, K*K*C) to the pixels of dx (N, H, W, C) that they are of, in
+    place. Windows that are K or more columns apart do not overlap: those are added at once."""
+    view, apart = windows(dx, size, stride), -(-size // stride)
+    cols = cols.reshape(view.shape)
+    for k, first in itertools.product(range(size), range(apart)):
+        view[:, :, first::apart, k] += cols[:, :, first::apart, k]
+
+
+def turned_conv(dz, w, stride, pad, shape):
+    """dx[n,y,x,c] = sum of dz[n,i,j,o] w[k,l,c,o] where i*stride+k-pad = y, and l likewise: a
+    convolution of stride 1 of dz with the kernel turned about, which gives every phase of the
+    image as channels (see `phase_taps`). Returns dx of `shape` (N, H, W, C)."""
+    xp, taps = array_module(dz), phase_taps(w, stride)
     r, beyond = len(taps), min(len(taps) - 1, pad) if stride == 1 else 0  # border nobody asks for
     turned = taps[::-1, ::-1].swapaxes(2, 3)
     phases = conv(dz, xp.ascontiguousarray(turned), 1, r - 1 - beyond)[0]
     n, rows, columns, _ = phases.shape
     phases = phases.reshape(n, rows, columns, stride, stride, -1).swapaxes(2, 3)
     wide = phases.reshape(n, rows * stride, columns * stride, -1)
-    reached = wide[:, pad - beyond :, pad - beyond :][:, : x.shape[1], : x.shape[2]]
-    if reached.shape == x.shape:
-        return reached, grads
-    dx = xp.zeros(x.shape, w.dtype)  # the stride passes over the last rows or columns
+    reached = wide[:, pad - beyond :, pad - beyond :][:, : shape[1], : shape[2]]
+    if reached.shape == shape:
+        return reached
+    dx = xp.zeros(shape, w.dtype)  # the stride passes over the last rows or columns
     dx[:, : reached.shape[1], : reached.shape[2]] = reached
-    return dx, grads
+    return dx
 
 
 def phase_taps(w, stride):
