@@ -36,16 +36,21 @@ def add(run, name):
     """Keep the figures of a run folder, and its network where it is small enough."""
     kept = RESULTS / name
     kept.mkdir(parents=True, exist_ok=True)
-    for file in ("report.json", "log.jsonl", "latency.png"):
-        if (run / file).exists():
-            shutil.copyfile(run / file, kept / file)
-    if not (run / "snn.npz").exists():
-        return  # of --simulate: the network is that of another run
-    snn = (run / "snn.npz").read_bytes()
-    text = f"{hashlib.sha256(snn).hexdigest()}  snn.npz  {len(snn)} bytes\n"
-    (kept / "snn.sha256").write_text(text)
-    if len(snn) <= LARGEST:
-        (kept / "snn.npz").write_bytes(snn)
+    trained = (run / "snn.npz").exists()  # else a run of --simulate, whose network is another's
+    for file in ("report.json", *(("log.jsonl", "latency.png") if trained else ())):
+        shutil.copyfile(run / file, kept / file)
+    if trained:
+        snn = (run / "snn.npz").read_bytes()
+        digest = hashlib.sha256(snn).hexdigest()
+        (kept / "snn.sha256").write_text(f"{digest}  snn.npz  {len(snn)} bytes\n")
+        if len(snn) <= LARGEST and kept_as(digest) in (None, name):
+            (kept / "snn.npz").write_bytes(snn)
+
+
+def kept_as(digest):
+    """Return the first row that keeps the network of this digest, or None."""
+    rows = (path.parent for path in sorted(RESULTS.glob("*/snn.npz")))
+    return next((r.name for r in rows if digest in (r / "snn.sha256").read_text()), None)
 
 
 def percent(x):
@@ -133,9 +138,9 @@ def row(name, report):
         for part in report["bits"]:
             values = [part["integer_accuracy"], *(part["snn_accuracy"][s] for s in both)]
             lines.append(f"| {part['weight_bits']} | {' | '.join(map(percent, values))} |")
-    kept = RESULTS / name / "snn.sha256"
-    where = "kept here" if (RESULTS / name / "snn.npz").exists() else "not kept, too large"
-    lines += ["", f"`snn.npz` ({where}): SHA-256 `{kept.read_text().split()[0]}`", ""]
+    digest = (RESULTS / name / "snn.sha256").read_text().split()[0]
+    where = f"kept in `{kept_as(digest)}`" if kept_as(digest) else "not kept, too large"
+    lines += ["", f"`snn.npz` ({where}): SHA-256 `{digest}`", ""]
     return lines
 
 
