@@ -2411,6 +2411,9 @@ def read_npz(path, file_format=None):
     """Return the arrays of a .npz file, of a format of ours where one is named, or raise
     ValueError with its name and reason. No pickle."""
     wrong = "damaged or not a .npz file ({})"
+    with refusing(path, wrong), open(path, "rb") as file:
+        if file.read(2) != b"PK":  # of which NumPy would say that it may hold a pickle
+            raise ValueError("it begins otherwise than a zip archive")
     with refusing(path, wrong), np.load(path, allow_pickle=False) as file:
         check_npz(file.zip)
         arrays, damaged = dict(file), file.zip.testzip()  # an array read in part has no CRC

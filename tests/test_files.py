@@ -1015,3 +1015,12 @@ def test_digits_are_split_by_class():
     assert np.isin(train, grey).all() and np.isin(test, grey).all()
     seen = {image.tobytes() for image in train}
     assert not any(image.tobytes() in seen for image in test)
+
+
+def test_a_text_file_is_no_npz_and_nobody_is_told_to_unpickle_it(tmp_path):
+    (tmp_path / "snn.npz").write_text("# cqsnn\n")
+    for load in (cqsnn.load_snn, cqsnn.load_model, cqsnn.load_vectors, cqsnn.load_state):
+        with pytest.raises(ValueError, match=r"not a \.npz file") as caught:
+            load(tmp_path / "snn.npz")
+        assert_one_line(caught, tmp_path / "snn.npz")
+        assert "pickle" not in str(caught.value)
