@@ -293,12 +293,17 @@ def check_choice(name, value, choices):
 
 BATCH_NORM_EPS = 1e-5
 WHITEN_EPS = 5e-4  # added to a variance of pixels, white is 1: directions of mere noise stay small
+MOST_GROWN = 1.3  # outputs of `turned_conv` to those of conv: beyond, `add_columns` is faster
 GAMMA_START = 0.4  # most of a layer then lies where the clamp lets gradients pass
 
 
 def pad_borders(x, pad):
     """Add `pad` rows and columns of zeros around images x (N, H, W, C)."""
-    return array_module(x).pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else x
+    if pad:
+        shape = len(x), *(n + 2 * pad for n in x.shape[1:3]), x.shape[3]
+        x, inside = array_module(x).zeros(shape, x.dtype), x
+        x[:, pad:-pad, pad:-pad] = inside
+    return x
 
 
 def output_size(shape, size, stride, pad):
@@ -394,7 +399,8 @@ def conv_backward(dz, cache, input_gradient=True):
     x, w, stride, pad = cache
     xp, flat = array_module(x), w.reshape(-1, w.shape[3])
     dw, dx, reach = xp.zeros(flat.shape, w.dtype), None, -(-len(w) // stride) - 1
-    grown = math.prod(n + reach - 2 * min(reach, pad) * (stride == 1) for n in dz.shape[1:3])
+    beyond = min(reach, pad) if stride == 1 else 0  # border of `turned_conv` that nobody asks for
+    grown = math.prod(n + reach - 2 * beyond for n in dz.shape[1:3])
     scatter = input_gradient and grown > MOST_GROWN * math.prod(dz.shape[1:3])
     if scatter:
         dx = xp.zeros((len(x), *(n + 2 * pad for n in x.shape[1:3]), x.shape[3]), w.dtype)
@@ -406,11 +412,8 @@ def conv_backward(dz, cache, input_gradient=True):
     if scatter:
         dx = dx[:, pad : dx.shape[1] - pad, pad : dx.shape[2] - pad]
     elif input_gradient:
-        dx = turned_conv(dz, w, stride, pad, x.shape)
+        dx = turned_conv(dz, w, stride, pad, beyond, x.shape)
     return dx, {"w": dw.reshape(w.shape)}
-
-
-MOST_GROWN = 1.3  # outputs of `turned_conv`, to those of conv: beyond, adding columns is faster
 
 
 def add_columns(cols, dx, size, stride):
@@ -422,14 +425,13 @@ def add_columns(cols, dx, size, stride):
         view[:, :, first::apart, k] += cols[:, :, first::apart, k]
 
 
-def turned_conv(dz, w, stride, pad, shape):
+def turned_conv(dz, w, stride, pad, beyond, shape):
     """dx[n,y,x,c] = sum of dz[n,i,j,o] w[k,l,c,o] where i*stride+k-pad = y, and l likewise: a
-    convolution of stride 1 of dz with the kernel turned about, which gives every phase of the
-    image as channels (see `phase_taps`). Returns dx of `shape` (N, H, W, C)."""
+    convolution of stride 1 of dz with the kernel turned about, which gives every phase of the image
+    as channels (see `phase_taps`), less `beyond` of its border. Returns dx of `shape`."""
     xp, taps = array_module(dz), phase_taps(w, stride)
-    r, beyond = len(taps), min(len(taps) - 1, pad) if stride == 1 else 0  # border nobody asks for
-    turned = taps[::-1, ::-1].swapaxes(2, 3)
-    phases = conv(dz, xp.ascontiguousarray(turned), 1, r - 1 - beyond)[0]
+    turned = xp.ascontiguousarray(taps[::-1, ::-1].swapaxes(2, 3))
+    phases = conv(dz, turned, 1, len(taps) - 1 - beyond)[0]
     n, rows, columns, _ = phases.shape
     phases = phases.reshape(n, rows, columns, stride, stride, -1).swapaxes(2, 3)
     wide = phases.reshape(n, rows * stride, columns * stride, -1)
@@ -1842,8 +1844,7 @@ def delay_of(schedule, steps):
 
 def steps_to_answer(snn, schedule):
     """Return the steps from the first input to the last: T + d * (firing layers)."""
-    firing = sum(layer.fires for layer in snn.layers)
-    return snn.steps + delay_of(schedule, snn.steps) * firing
+    return snn.steps + delay_of(schedule, snn.steps) * sum(f.fires for f in snn.layers)
 
 
 class Source:
@@ -2431,8 +2432,7 @@ SNN_FORMAT, MODEL_FORMAT, VECTORS_FORMAT = "cqsnn-snn/1", "cqsnn-model/1", "cqsn
 
 
 def save_snn(path, snn):
-    """Write a SpikingNetwork as an SNN file: JSON `network`, int32 arrays i.w i.b
-    i.theta i.v0."""
+    """Write a SpikingNetwork as an SNN file: JSON `network`, int32 i.w, i.b, i.theta, i.v0."""
     network, arrays = asdict(snn), {}
     for i, layer in enumerate(network["layers"]):
         found = {f"{i}.{name}": layer.pop(name) for name in LAYER_ARRAYS}

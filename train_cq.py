@@ -46,8 +46,8 @@ RECIPES = {
 _VGG = {"optimizer": "muon", "lr": 0.09, "batch": 256, "dropout": 0.15}
 NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
 SCHEDULES = ("streaming", "1", "2", "4", "synchronous")
-_WITH_8 = ("streaming", "1", "2", "4", "8", "synchronous")
-DATASET_SCHEDULES = dict.fromkeys(("cifar10", "cifar100"), _WITH_8)
+_CIFAR_SCHEDULES = ("streaming", "1", "2", "4", "8", "synchronous")
+DATASET_SCHEDULES = {"cifar10": _CIFAR_SCHEDULES, "cifar100": _CIFAR_SCHEDULES}
 VERSIONS = {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
 VERSIONS |= {"python": platform.python_version()}
 OTHER_IMAGES = 1000  # on which the encoding that the network was not trained for is shown
@@ -470,9 +470,10 @@ def draw(folder, report, log, snn, sample, threads):
     if log:
         pictures["training"] = draw_training, log
     k0 = cqsnn.predicted(snn, sample)
-    run, first = (cqsnn.simulate(snn, k0[:n], record=n == 1, threads=threads) for n in (len(k0), 1))
+    run = cqsnn.simulate(snn, k0, threads=threads)
     if run.counts:  # some layer fires
         pictures["rates"] = draw_rates, snn, cqsnn.integer_forward(snn, k0, threads), run
+        first = cqsnn.simulate(snn, k0[:1], record=True, threads=threads)
         pictures["raster"] = draw_raster, snn, first
     pictures["weights"] = draw_weights, snn
     save_pictures(folder, pictures)
@@ -908,8 +909,8 @@ def export_nir(path, snn):
 
 def digest(args, snn, test):
     """Print SHA-256 of all spikes of every schedule."""
+    k0 = cqsnn.predicted(snn, test[0])
     for schedule in schedules_of(args):
-        k0 = cqsnn.predicted(snn, test[0])
         found = cqsnn.spike_digest(snn, k0, schedule, threads=args.threads)
         print(f"{schedule_label(schedule):12} {len(test[0]):6,} images  {found}")
 

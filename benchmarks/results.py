@@ -67,8 +67,9 @@ def command(report):
     """Return a run's command without what belongs to one machine (folders, --resume), and with
     options for what the data set's recipe said then and says no more."""
     text = re.sub(r" --(out|threads) \S+| --resume", "", report["command"])
+    text = re.sub(r"--data-dir \S+", "--data-dir DIR", text)
     if "recipe" not in report:
-        return re.sub(r"--data-dir \S+", "--data-dir DIR", text)
+        return text
     words = text.replace("python train_cq.py", "").split()
     now = asdict(train_cq.chosen_recipe(train_cq.parser().parse_args(words)))
     for name, value in (asdict(Recipe("")) | report["recipe"]).items():
@@ -76,7 +77,7 @@ def command(report):
             flag = name.replace("_", "-")
             on = isinstance(value, bool)
             text += f" --{'' if value or not on else 'no-'}{flag}" + (f" {value}" * (not on))
-    return re.sub(r"--data-dir \S+", "--data-dir DIR", text)
+    return text
 
 
 def schedules(block):
@@ -139,7 +140,8 @@ def row(name, report):
             values = [part["integer_accuracy"], *(part["snn_accuracy"][s] for s in both)]
             lines.append(f"| {part['weight_bits']} | {' | '.join(map(percent, values))} |")
     digest = (RESULTS / name / "snn.sha256").read_text().split()[0]
-    where = f"kept in `{kept_as(digest)}`" if kept_as(digest) else "not kept, too large"
+    holder = kept_as(digest)
+    where = f"kept in `{holder}`" if holder else "not kept, too large"
     lines += ["", f"`snn.npz` ({where}): SHA-256 `{digest}`", ""]
     return lines
 
