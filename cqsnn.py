@@ -1000,32 +1000,35 @@ class Dense:
     norm = property(lambda self: self.units is not None)
 
 
+_NAMED = {
+    "digits": "32C3-A-64C3-A-FC",
+    "lenet*": "32C3p0-32C3p0-32C4s2-64C3p0-64C3p0-64C4s2-128C3p0-FC",
+    "vgg*": "128C3-128C3-A-256C3-256C3-A-512C3-512C3-A-1024C3p0-A-FC",
+    "allconv": "32C3-64C4s2-64C3-256C4s2-256C3-256C4s2-256C3-G-FC",
+    "vgg11": "64C3-A-128C3-A-256C3-256C3-A" + "-512C3-512C3-A" * 2 + "-FC",
+    "vgg13": "64C3-64C3-A-128C3-128C3-A-256C3-256C3-A" + "-512C3-512C3-A" * 2 + "-FC",
+    "vgg16": "64C3-64C3-A-128C3-128C3-A" + "-256C3" * 3 + ("-A" + "-512C3" * 3) * 2 + "-A-FC",
+    "vgg19": "64C3-64C3-A-128C3-128C3-A" + "-256C3" * 4 + ("-A" + "-512C3" * 4) * 2 + "-A-FC",
+}
+_NAMED["vgg19-tp"] = _NAMED["vgg19"].replace("A", "T")
+
+
 def network(text):
-    """Read a network in words: nCk a convolution, with sS and pP where stride or pad is not 1;
-    A average and T trainable pooling; FC the last layer, GFC on the mean over positions."""
+    """Return the network of a name, or of words: nCk a convolution, with sS and pP where stride or
+    pad is not 1; A average and T trainable pooling; FC last, G-FC on the mean over positions."""
     words = {"A": AvgPool(), "T": Depthwise(), "FC": Dense(), "GFC": Dense(mean=True)}
-    layers = []
-    for word in text.split("-"):
-        kernel = re.fullmatch(r"(\d+)C(\d+)(?:s(\d+))?(?:p(\d+))?", word)
-        if not kernel:
-            check_choice("network", word, ("nCk, nCksSpP", *words))
+    found, layers = _NAMED.get(text, text).replace("G-FC", "GFC").split("-"), []
+    for word in found:
+        kernel = re.fullmatch(r"([1-9]\d{0,4})C([1-9]\d?)(?:s([1-9]\d?))?(?:p(\d\d?))?", word)
+        last = len(layers) == len(found) - 1
+        if word.endswith("FC") != last or not (kernel or word in words):
+            known = f"{', '.join(_NAMED)}; or nCk, nCksSpP, A, T, joined by -, and -FC or -G-FC"
+            raise ValueError(f"network {text!r}: {word!r}, expected one of {known}")
         layers.append(Conv(*(int(n or 1) for n in kernel.groups())) if kernel else words[word])
     return tuple(layers)
 
 
-_VGG16 = "64C3-64C3-A-128C3-128C3-A" + "-256C3" * 3 + ("-A" + "-512C3" * 3) * 2 + "-A-FC"
-_VGG19 = "64C3-64C3-A-128C3-128C3-A" + "-256C3" * 4 + ("-A" + "-512C3" * 4) * 2 + "-A-FC"
-NETWORKS = {
-    "digits": network("32C3-A-64C3-A-FC"),
-    "lenet*": network("32C3p0-32C3p0-32C4s2-64C3p0-64C3p0-64C4s2-128C3p0-FC"),
-    "vgg*": network("128C3-128C3-A-256C3-256C3-A-512C3-512C3-A-1024C3p0-A-FC"),
-    "allconv": network("32C3-64C4s2-64C3-256C4s2-256C3-256C4s2-256C3-GFC"),
-    "vgg11": network("64C3-A-128C3-A-256C3-256C3-A" + "-512C3-512C3-A" * 2 + "-FC"),
-    "vgg13": network("64C3-64C3-A-128C3-128C3-A-256C3-256C3-A" + "-512C3-512C3-A" * 2 + "-FC"),
-    "vgg16": network(_VGG16),
-    "vgg19": network(_VGG19),
-    "vgg19-tp": network(_VGG19.replace("A", "T")),
-}
+NETWORKS = {name: network(name) for name in _NAMED}
 
 
 def with_dropout(net, rate):
@@ -2761,10 +2764,7 @@ class DataSet(NamedTuple):
     label: int | str = 0  # bytes of it in a CIFAR record, the last one counts; or, pickled, its key
 
 
-_IDX = (
-    ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-)
+_IDX = tuple((f"{p}-images-idx3-ubyte", f"{p}-labels-idx1-ubyte") for p in ("train", "t10k"))
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFAR10 = ("cifar-10-batches-bin", tuple(f"{name}.bin" for name in _BATCHES), ("test_batch.bin",))
 _CIFAR100 = ("cifar-100-binary", ("train.bin",), ("test.bin",))

@@ -106,7 +106,8 @@ def parser():
 
 def add_recipe_options(p):
     """Add an option for each field of a Recipe."""
-    p.add_argument("--net", help=", ".join(cqsnn.NETWORKS))
+    text = "or in words: 32C3-A-64C3-A-FC"
+    p.add_argument("--net", metavar="NET", help=", ".join([*cqsnn.NETWORKS, text]))
     p.add_argument("--encoding", help="input as spikes or direct (pixel levels at every step)")
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
     p.add_argument("--levels", type=int, metavar="L", help="levels of activations (default: T)")
@@ -132,7 +133,6 @@ def chosen_recipe(args):
     cqsnn.check_choice("--dataset", args.dataset, RECIPES)
     base = RECIPES[args.dataset]
     if args.net is not None:
-        cqsnn.check_choice("--net", args.net, cqsnn.NETWORKS)
         base = replace(base, net=args.net, **NET_RECIPES.get(args.net, {}))
     given = {n: getattr(args, n) for n in asdict(base) if getattr(args, n) is not None}
     if "steps" in given:
@@ -746,12 +746,12 @@ def convert_other_encoding(args, report, convert, test):
 def train_and_convert(args):
     """The main job: both stages, conversion, all schedules."""
     recipe = chosen_recipe(args)
+    net = cqsnn.with_dropout(cqsnn.network(recipe.net), recipe.dropout)
     check_arguments(args, recipe.steps)
     xp, device = array_library(args.device, args.ranks.local)
     if args.tf32 and xp is np:
         raise ValueError(f"--tf32: training on a CPU ({device}), expected a GPU")
     data = load_data(args, xp)
-    net = cqsnn.with_dropout(cqsnn.NETWORKS[recipe.net], recipe.dropout)
     shape = data[0][0].shape[1:]
     cqsnn.output_shapes(net, shape, 2)  # refuse images that the network cannot take, first
     name = f"{args.dataset}-{recipe.net.replace('*', '-star')}"

@@ -75,7 +75,7 @@ def quick(tmp_path_factory):
 # Bad input ----------------------------------------------------------------------------------------
 
 REFUSED = {
-    "network": (["--net", "resnet"], ["--net", "'resnet'", "digits", "vgg19-tp"]),
+    "network": (["--net", "resnet"], ["network", "'resnet'", "digits", "vgg19-tp", "nCk"]),
     "data set": (["--dataset", "emnist"], ["--dataset", "'emnist'", "fashion-mnist", "cifar100"]),
     "schedule": (["--schedule", "soon"], ["schedule", "'soon'", "streaming", "synchronous"]),
     "a second schedule": (["--schedule", "1", "late"], ["'late'", "synchronous"]),
@@ -344,9 +344,10 @@ def test_report_holds_the_neurobench_block_of_each_schedule(quick):
         assert 0 < operations["Effective_ACs"] < report["synops_per_image"][name]
 
 
-def test_several_widths_give_a_row_each(tmp_path):
+def test_several_widths_give_a_row_each_of_a_network_in_words(tmp_path):
     wide = ["--weight-bits", "4", "3", "16", "--schedule", "synchronous", "3", "--out", "run"]
-    done = train_cq(tmp_path, *QUICK, *wide, "--relu-epochs", "1", "--encoding", "direct")
+    more = ["--net", "4C3-A-8C4s2-G-FC", "--relu-epochs", "1", "--encoding", "direct"]
+    done = train_cq(tmp_path, *QUICK, *wide, *more)
     assert done.returncode == 0, done.stderr
     report = report_of(tmp_path / "run")
     assert [row["weight_bits"] for row in report["bits"]] == [4, 3, 16]
@@ -359,7 +360,8 @@ def test_several_widths_give_a_row_each(tmp_path):
         for scale, largest in (scales for scales in row["scales"] if scales):
             assert scale == int((2 ** (row["weight_bits"] - 1) - 1) / largest)
     assert report["encoding"] == "direct" and 0 <= report["relu_accuracy"] <= 1
-    assert report["input_macs_per_image"] == 22 * 22 * 32  # one channel, 3x3, borders respected
+    assert report["net"] == "4C3-A-8C4s2-G-FC"
+    assert report["input_macs_per_image"] == 22 * 22 * 4  # one channel, 3x3, borders respected
     with np.load(tmp_path / "run" / "snn.npz") as file:
         network = json.loads(str(file["network"]))
         assert network["weight_bits"] == 4

@@ -522,9 +522,20 @@ def test_a_network_of_one_layer_has_no_spikes_to_count():
     assert report["streaming"]["spikes_per_neuron"] == 0
 
 
-def test_a_word_that_is_no_layer_is_refused():
-    with pytest.raises(ValueError, match=r"network: 'B', expected one of nCk"):
-        cqsnn.network("32C3-B-FC")
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("32C3-B-FC", "B"), ("0C3-FC", "0C3"), ("3C3", "3C3"), ("FC-A", "FC"), ("", ""), ("G-A", "G")],
+)
+def test_words_that_make_no_network_are_refused(text, word):
+    with pytest.raises(ValueError, match=f"network '{text}': '{word}', expected one of .* nCk"):
+        cqsnn.network(text)
+
+
+def test_a_network_has_a_name_or_words():
+    for name, net in cqsnn.NETWORKS.items():
+        assert cqsnn.network(name) == net
+    assert cqsnn.network("32C3-A-64C3-A-FC") == cqsnn.NETWORKS["digits"]
+    assert cqsnn.network("8C4s2p0-G-FC") == (cqsnn.Conv(8, 4, 2, 0), cqsnn.Dense(mean=True))
 
 
 def test_steps_to_answer_grow_by_the_delay_for_each_firing_layer():
