@@ -42,6 +42,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import pickletools
@@ -66,6 +67,7 @@ __version__ = "0.1.0"
 
 SHARDS = 8  # parts of a batch: fixed, so that the number of threads changes no bit
 SMALLEST_SHARD = 8  # images; a small batch has fewer shards
+STRETCH = 2**16  # values that arrays are added up by
 _CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
 CORES = len(_CORES)
 
@@ -256,9 +258,21 @@ def ranks_started():
     raise ValueError(f"mpiexec: {os.environ[size]} ranks, but mpi4py: {wrong}")
 
 
-def sum_over_shards(parts, ranks=ALONE):
-    """Add arrays in shard order, of all ranks: the one place where sums over a batch are closed."""
-    return functools.reduce(lambda a, b: a + b, parts) if ranks.size == 1 else ranks.sum(parts)
+def sum_over_shards(parts, ranks=ALONE, threads=1):
+    """Add arrays in shard order, of all ranks: the one place where sums over a batch are closed.
+    On a CPU a stretch at a time, which stays in a core's cache."""
+    if ranks.size > 1:
+        return ranks.sum(parts)
+    if array_module(parts[0]) is not np or np.size(parts[0]) <= STRETCH:
+        return functools.reduce(operator.add, parts)
+    rows, total = [part.reshape(-1) for part in parts], np.empty(parts[0].size, parts[0].dtype)
+
+    def add(start):
+        stretch = slice(start, start + STRETCH)
+        total[stretch] = functools.reduce(operator.add, [row[stretch] for row in rows])
+
+    over_shards(add, range(0, total.size, STRETCH), threads=threads)
+    return total.reshape(parts[0].shape)
 
 
 def exact_dtype(bound):
@@ -454,15 +468,27 @@ def phase_taps(w, stride):
     return phases.reshape(r, r, stride**2 * channels, outputs)
 
 
-# Winograd's way to two outputs of a kernel of r taps with r + 1 products instead of 2 r:
+# Winograd's way to m outputs of a kernel of r taps with m + r - 1 products instead of m r:
 # y = A' ((G w) * (B' x)); in two dimensions y = A' ((G w G') * (B' x B)) A (Lavin and Gray, 2016).
-# r: (A', B', G). A' and B' only add and subtract, and 4 G w G' is whole where w is.
+# (m, r): (A', B', G). For two outputs A' and B' only add and subtract, and 4 G w G' is whole where
+# w is; four outputs take fewer products, of sums ten times less accurate: for training alone.
 WINOGRAD = {
-    2: (((1, 1, 0), (0, 1, 1)), ((1, -1, 0), (0, 1, 0), (0, -1, 1)), ((1, 0), (1, 1), (0, 1))),
-    3: (
+    (2, 2): (((1, 1, 0), (0, 1, 1)), ((1, -1, 0), (0, 1, 0), (0, -1, 1)), ((1, 0), (1, 1), (0, 1))),
+    (2, 3): (
         ((1, 1, 1, 0), (0, 1, -1, 1)),
         ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1)),
         ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
+    ),
+    (4, 3): (
+        ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
+        (
+            *((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0)),
+            *((0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1)),
+        ),
+        (
+            *((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6)),
+            *((1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1)),
+        ),
     ),
 }
 # With fewer channels passes over memory cost what products save, with fewer tiles in a shard those
@@ -474,35 +500,37 @@ class WinogradKernel(NamedTuple):
     """Convolution weights (K, K, C, O) of stride S, K = r S, as Winograd's algorithm takes them:
     as r x r taps of stride 1 on the S x S phases of an image, S*S*C channels."""
 
-    u: np.ndarray  # G w G' (r+1, r+1, S*S*C, O)
+    u: np.ndarray  # G w G' (m+r-1, m+r-1, S*S*C, O)
     stride: int
+    m: int = 2  # outputs of a tile, each way
 
 
-def takes_winograd(layer, w, shape):
-    """Whether Winograd's algorithm fits a layer with weights w (K, K, C, O), and is the faster one
-    for inputs of `shape` (N, H, W, C) on a CPU."""
+def winograd_outputs_of(layer, w, shape, training=False):
+    """Return the outputs of a tile, each way, with which Winograd's algorithm is fastest on a CPU
+    for a layer with weights w (K, K, C, O) and inputs of `shape` (N, H, W, C); 0 where none is."""
     if layer.kind != "conv" or array_module(w) is not np:
-        return False
+        return 0
     taps, rest = divmod(layer.size, layer.stride)
-    narrowest = min(layer.stride**2 * w.shape[2], w.shape[3])
-    tiles = shape[0] * math.prod(n // (2 * layer.stride) for n in shape[1:3])
-    large = narrowest >= WINOGRAD_CHANNELS and tiles >= WINOGRAD_TILES
-    return large and not rest and taps in WINOGRAD
+    if rest or min(layer.stride**2 * w.shape[2], w.shape[3]) < WINOGRAD_CHANNELS:
+        return 0
+    outputs = output_size(shape, layer.size, layer.stride, layer.pad)
+    for m in (4, 2) if training and not any(n % 4 for n in outputs) else (2,):
+        tiles = shape[0] * math.prod(n // m for n in outputs)
+        if (m, taps) in WINOGRAD and tiles >= WINOGRAD_TILES:
+            return m
+    return 0
 
 
-def winograd_kernel(w, stride):
+def winograd_kernel(w, stride, m=2):
     """u = G w G', for the taps that each phase meets."""
     taps = phase_taps(w, stride)
-    r, g = len(taps), np.array(WINOGRAD[len(taps)][2], w.dtype)
-    u = g @ np.tensordot(g, taps.reshape(r, r, -1), 1)
-    return WinogradKernel(u.reshape(r + 1, r + 1, *taps.shape[2:]), stride)
+    return WinogradKernel(both_ways(WINOGRAD[m, len(taps)][2], taps), stride, m)
 
 
-def winograd_kernel_backward(du, stride):
+def winograd_kernel_backward(du, stride, m=2):
     """dw = G' du G, every tap back in its place."""
-    r, outputs = len(du) - 1, du.shape[3]
-    g = np.array(WINOGRAD[r][2], du.dtype).T
-    taps = g @ np.tensordot(g, du.reshape(r + 1, r + 1, -1), 1)
+    r, outputs = len(du) - m + 1, du.shape[3]
+    taps = both_ways(np.transpose(WINOGRAD[m, r][2]), du)
     phases = taps.reshape(r, r, stride, stride, -1, outputs).swapaxes(1, 2)
     return phases.reshape(r * stride, r * stride, -1, outputs)
 
@@ -511,7 +539,7 @@ def winograd_bound(u, largest):
     """Bound every sum that `winograd` takes with u, whole numbers, of inputs from 0 to `largest`.
     A value v = B' x B adds some inputs and subtracts others: it is at most as large as the more
     numerous of the two. Then comes A' m A, with m at most the sum of |u| v over channels."""
-    a, b, _ = (np.array(matrix, np.float64) for matrix in WINOGRAD[len(u) - 1])
+    a, b, _ = (np.array(matrix, np.float64) for matrix in WINOGRAD[2, len(u) - 1])
     signs = np.einsum("ik,jl->ijkl", b, b)
     reach = np.maximum((signs > 0).sum((2, 3)), (signs < 0).sum((2, 3)))  # (r+1, r+1)
     m = reach[..., None] * np.abs(u).sum(2, dtype=np.float64)  # (r+1, r+1, O)
@@ -529,12 +557,25 @@ def signed_sum(signs, parts, out):
         total = function(total, part, out=out)
 
 
-class Tiles(NamedTuple):
-    """How 2 x 2 outputs at a time cover an image: `down` by `across` tiles, each of r + 1 rows and
-    columns of every phase, overlapping by r - 1. What they reach of the padded image is held as
-    (N, rows, 2, across + 1, S*C): even and odd columns of a phase apart, so that neighbouring tiles
-    are neighbours in memory."""
+def both_ways(matrix, x):
+    """Return M x M' (p, p, ...), for a matrix M (p, q) and x (q, q, ...), in the type of x: by
+    adding and subtracting where M asks for nothing else."""
+    p, q, rest = len(matrix), len(x), x.shape[2:]
+    if not np.isin(matrix, (-1, 0, 1)).all():
+        return (np.kron(matrix, matrix).astype(x.dtype) @ x.reshape(q * q, -1)).reshape(p, p, *rest)
+    half, out = np.empty((p, q, *rest), x.dtype), np.empty((p, p, *rest), x.dtype)
+    for i, signs in enumerate(matrix):
+        signed_sum(signs, x, half[i])
+    for j, signs in enumerate(matrix):
+        signed_sum(signs, half.swapaxes(0, 1), out[:, j])
+    return out
 
+
+class Tiles(NamedTuple):
+    """How m x m outputs at a time cover an image: `down` by `across` tiles, each of m + r - 1 rows
+    and columns of every phase, overlapping by r - 1."""
+
+    m: int
     r: int
     stride: int
     pad: int
@@ -542,100 +583,66 @@ class Tiles(NamedTuple):
     across: int
 
     def crops(self, shape):
-        """Return the slices of images of `shape`, and of the padded ones, that meet."""
-        sizes = ((2 * self.down + self.r - 1) * self.stride, (2 * self.across + 2) * self.stride)
+        """Return the shape of what the tiles reach of padded images, of `shape` without the
+        border, and the slices of those images, and of it, that meet."""
+        sizes = [(self.m * n + self.r - 1) * self.stride for n in (self.down, self.across)]
         kept = [min(n, size - self.pad) for n, size in zip(shape[1:3], sizes)]
         inside = (slice(None), *(slice(n) for n in kept))
-        return sizes, inside, (slice(None), *(slice(self.pad, self.pad + n) for n in kept))
+        reached = (slice(None), *(slice(self.pad, self.pad + n) for n in kept))
+        return (shape[0], *sizes, shape[3]), inside, reached
 
-    def split(self, x, dtype):
-        """Return images x (N, H, W, C) as the tiles reach them, of a type."""
-        (rows, columns), inside, reached = self.crops(x.shape)
-        wide = np.zeros((len(x), rows, columns, x.shape[3]), dtype)
-        wide[reached] = x[inside]
-        return wide.reshape(len(x), rows, self.across + 1, 2, -1).swapaxes(2, 3).copy()
-
-    def merge(self, split, shape):
-        """Return what tiles have added up for each pixel, as images of `shape`."""
-        (rows, columns), inside, reached = self.crops(shape)
-        x = np.zeros((len(split), *shape[1:]), split.dtype)
-        x[inside] = split.swapaxes(2, 3).reshape(len(split), rows, columns, -1)[reached]
-        return x
-
-    def rows(self, split, k, phase):
-        """Return the view of split that row k of the tiles meets, (N, down, 2, across + 1, S*C)."""
-        return split[:, self.stride * k + phase :: 2 * self.stride][:, : self.down]
-
-    def columns(self, rows, k):
-        """Return the view of rows that column k of the tiles meets, (N, down, across, S*C)."""
-        return rows[:, :, k % 2, k // 2 : k // 2 + self.across]
+    def view(self, reached):
+        """View what the tiles reach (N, H, W, C) as the pixels k, l of every tile and phase:
+        (m+r-1, m+r-1, N, down, across, S, S*C)."""
+        (n, _, _, channels), (image, row, column, channel) = reached.shape, reached.strides
+        side, s = self.m + self.r - 1, self.stride
+        shape = (side, side, n, self.down, self.across, s, s * channels)
+        strides = (row * s, column * s, image, row * s * self.m, column * s * self.m, row, channel)
+        return np.lib.stride_tricks.as_strided(reached, shape, strides)
 
 
 def winograd_inputs(x, tiles, dtype):
-    """v = B' x B of every tile and phase: (r+1, r+1, N, down, across, S*S*C), from x (N, ...)."""
-    split, b, every = tiles.split(x, dtype), WINOGRAD[tiles.r][1], range(tiles.r + 1)
-    n, width = len(x), split.shape[-1]
-    v = np.empty((*2 * (tiles.r + 1,), n, *tiles[3:], tiles.stride * width), dtype)
-    rows = np.empty((n, tiles.down, *split.shape[2:]), dtype)
-    for phase, i in itertools.product(range(tiles.stride), every):
-        signed_sum(b[i], [tiles.rows(split, k, phase) for k in every], rows)
-        for j in every:
-            out = v[i, j][..., phase * width : (phase + 1) * width]
-            signed_sum(b[j], [tiles.columns(rows, k) for k in every], out)
-    return v
+    """v = B' x B of every tile and phase: (m+r-1, m+r-1, N*down*across, S*S*C), of a type."""
+    shape, inside, met = tiles.crops(x.shape)
+    reached = np.zeros(shape, dtype)
+    reached[met] = x[inside]
+    v = both_ways(WINOGRAD[tiles[:2]][1], tiles.view(reached).copy())
+    return v.reshape(*v.shape[:2], -1, tiles.stride**2 * x.shape[3])
 
 
 def winograd_inputs_backward(dv, tiles, shape):
     """dx = B dv B' of every tile, added up where tiles overlap, as images of `shape`."""
-    b, every, n = WINOGRAD[tiles.r][1], range(tiles.r + 1), dv.shape[2]
-    (height, _), width = tiles.crops(shape)[0], dv.shape[-1] // tiles.stride
-    split = np.zeros((n, height, 2, tiles.across + 1, width), dv.dtype)
-    rows = np.empty((n, tiles.down, *split.shape[2:]), dv.dtype)
-    for phase, i in itertools.product(range(tiles.stride), every):
-        parts = [dv[i, j][..., phase * width : (phase + 1) * width] for j in every]
-        rows[:, :, :, -1] = 0  # there, columns 0 and 1 of the tiles leave nothing
-        for k, signs in enumerate(zip(*b)):
-            out = tiles.columns(rows, k)
-            signed_sum((k > 1, *signs), (out, *parts), out)
-        for k in every:
-            out = tiles.rows(split, k, phase)
-            if b[i][k]:
-                signed_sum((1, b[i][k]), (out, rows), out)
-    return tiles.merge(split, shape)
+    wide, inside, met = tiles.crops(shape)
+    reached, dx = np.zeros(wide, dv.dtype), np.zeros(shape, dv.dtype)
+    pixels = tiles.view(reached)
+    dpixels = both_ways(np.transpose(WINOGRAD[tiles[:2]][1]), dv).reshape(pixels.shape)
+    for at in np.ndindex(pixels.shape[:2]):
+        pixels[at] += dpixels[at]
+    dx[inside] = reached[met]
+    return dx
 
 
-def winograd_outputs(m, z):
-    """z = A' m A of every tile, from m (r+1, r+1, N, down, across, O); in place on z."""
-    a = WINOGRAD[len(m) - 1][0]
-    pairs = z.reshape(len(z), m.shape[3], 2, m.shape[4], 2, -1)
-    for i in range(2):
-        half = np.empty_like(m[0])
-        signed_sum(a[i], m, half)
-        for j in range(2):
-            signed_sum(a[j], half, pairs[:, :, i, :, j])
+def winograd_outputs(m, tiles, z):
+    """z = A' m A of every tile, from m (m+r-1, m+r-1, N*down*across, O); in place on z."""
+    every = z.reshape(len(z), tiles.down, tiles.m, tiles.across, tiles.m, -1)
+    every = every.transpose(2, 4, 0, 1, 3, 5)
+    every[...] = both_ways(WINOGRAD[tiles[:2]][0], m).reshape(every.shape)
 
 
-def winograd_outputs_backward(dz, r):
-    """dm = A dz A' of every tile."""
-    a, (n, height, width, outputs) = WINOGRAD[r][0], dz.shape
-    shape = (n, height // 2, 2, width // 2, 2, outputs)
-    pairs = dz.reshape(shape).transpose(2, 4, 0, 1, 3, 5).copy()
-    dm = np.empty((r + 1, r + 1, *pairs.shape[2:]), dz.dtype)
-    half = np.empty_like(pairs[0])
-    for i, signs in enumerate(zip(*a)):
-        signed_sum(signs, pairs, half)
-        for j, others in enumerate(zip(*a)):
-            signed_sum(others, half, dm[i, j])
-    return dm
+def winograd_outputs_backward(dz, tiles):
+    """dm = A dz A' of every tile, (m+r-1, m+r-1, N*down*across, O)."""
+    every = dz.reshape(len(dz), tiles.down, tiles.m, tiles.across, tiles.m, -1)
+    every = every.transpose(2, 4, 0, 1, 3, 5).reshape(tiles.m, tiles.m, -1, dz.shape[3])
+    return both_ways(np.transpose(WINOGRAD[tiles[:2]][0]), every)
 
 
 def tile_blocks(x, kernel, pad):
     """Return height and width of the outputs, the Tiles, and slices of images to work at a time."""
-    u, stride = kernel
-    r = len(u) - 1
+    u, stride, m = kernel
+    r = len(u) - m + 1
     height, width = output_size(x.shape, r * stride, stride, pad)
-    tiles = Tiles(r, stride, pad, (height + 1) // 2, (width + 1) // 2)
-    image = math.prod(tiles[3:]) * (r + 1) ** 2 * max(u.shape[2:]) * u.itemsize
+    tiles = Tiles(m, r, stride, pad, -(-height // m), -(-width // m))
+    image = tiles.down * tiles.across * len(u) ** 2 * max(u.shape[2:]) * u.itemsize
     block = max(1, WINOGRAD_BYTES // image)
     return height, width, tiles, [slice(i, i + block) for i in range(0, len(x), block)]
 
@@ -646,11 +653,10 @@ def winograd(x, kernel, pad):
     Returns z (N, Ho, Wo, O), cache."""
     dtype = np.int8 if x.dtype == np.int8 else kernel.u.dtype
     u, (height, width, tiles, blocks) = kernel.u, tile_blocks(x, kernel, pad)
-    z = np.empty((len(x), 2 * tiles.down, 2 * tiles.across, u.shape[3]), u.dtype)
+    z = np.empty((len(x), tiles.m * tiles.down, tiles.m * tiles.across, u.shape[3]), u.dtype)
     for images in blocks:
         v = winograd_inputs(x[images], tiles, dtype).astype(u.dtype, copy=False)
-        m = v.reshape(*v.shape[:2], -1, v.shape[-1]) @ u
-        winograd_outputs(m.reshape(*v.shape[:-1], -1), z[images])
+        winograd_outputs(v @ u, tiles, z[images])
     return np.ascontiguousarray(z[:, :height, :width]), (x, kernel, pad)
 
 
@@ -659,19 +665,17 @@ def winograd_backward(dz, cache, input_gradient=True):
     Returns dx (None unless input_gradient), {"w": du}."""
     x, kernel, pad = cache
     u, (height, width, tiles, blocks) = kernel.u, tile_blocks(x, kernel, pad)
-    rest = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # outputs that only tiles have
-    dz = np.pad(dz, rest) if height % 2 or width % 2 else dz
+    rest = [(0, -n % tiles.m) for n in (height, width)]  # outputs that only tiles have
+    dz = np.pad(dz, ((0, 0), *rest, (0, 0))) if rest != [(0, 0)] * 2 else dz
     du, dx = 0, np.empty(x.shape, u.dtype) if input_gradient else None
     for images in blocks:
         v = winograd_inputs(x[images], tiles, u.dtype)
-        dm = winograd_outputs_backward(dz[images], tiles.r)
-        v, dm = (a.reshape(*a.shape[:2], -1, a.shape[-1]) for a in (v, dm))
+        dm = winograd_outputs_backward(dz[images], tiles)
         product = v.swapaxes(2, 3) @ dm
         du = product if images.start == 0 else np.add(du, product, out=du)
         if input_gradient:
             dv = np.matmul(dm, u.swapaxes(2, 3), out=v)
-            dv = dv.reshape(*v.shape[:2], -1, *tiles[3:], v.shape[-1])
-            dx[images] = winograd_inputs_backward(dv, tiles, x.shape)
+            dx[images] = winograd_inputs_backward(dv, tiles, x[images].shape)
     return dx, {"w": du}
 
 
@@ -1142,21 +1146,13 @@ class LayerTape(NamedTuple):
     norm: tuple | None  # cache of `batch_norm`
 
 
-def carried_weights(layer, w, unit, shape):
+def carried_weights(layer, w, unit, shape, training=False):
     """Return what `linear` takes for inputs of `shape` that are activations times unit."""
     if layer.kind == "pool":
         return None
     w = every_position(layer, w, shape[1:]) / unit
-    return winograd_kernel(w, layer.stride) if takes_winograd(layer, w, shape) else w
-
-
-def uncarried(layer, w, entry):
-    """Return the caches of `linear` for a derivative by the activations: inputs were activations
-    times unit, with weights w / unit; by the activation it is w itself."""
-    kernel, carried = every_position(layer, w, entry.inputs[0].shape[1:]), entry.caches[0][1]
-    if isinstance(carried, WinogradKernel):
-        kernel = WinogradKernel(carried.u * w.dtype.type(entry.unit), layer.stride)
-    return [(cache[0], kernel, *cache[2:]) for cache in entry.caches]
+    m = winograd_outputs_of(layer, w, shape, training)
+    return winograd_kernel(w, layer.stride, m) if m else w
 
 
 def outputs(layer, how, unit, norm, z, seed):
@@ -1208,7 +1204,8 @@ def forward(
     for i, layer in enumerate(net):
         p = {name: params.get(f"{i}.{name}") for name in ("w", "b", "gamma", "beta", "mean", "var")}
         # the batch's first shard, not a rank's: every rank takes the same algorithm
-        w = carried_weights(layer, p["w"], unit, (parts[0].stop, *zs[0].shape[1:]))
+        few = parts[0].stop, *zs[0].shape[1:]
+        w = carried_weights(layer, p["w"], unit, few, rng is not None)
         counted = layer.norm and rng is not None
 
         def run(z, seed):
@@ -1247,19 +1244,23 @@ def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
             grads |= {f"{i}.{name}": g for name, g in found.items()}
         elif layer.kind != "pool":
             grads[f"{i}.b"] = sum_over_shards(sums, ranks)
-        caches = entry.caches if w is None else uncarried(layer, w, entry)
+        # inputs are activations times unit, weights w / unit: dz is taken times unit, so that dx is
+        # a derivative by activations, and dw is divided by it twice
+        unit = 1 if w is None else entry.unit
+        how = how and (how[0], how[1] * unit, *how[2:])
 
         def run(du, k):
-            dz = norm_input_gradient(entry.sums[k], du, *how) if how else du
-            dx, dw = linear_backward(layer, dz, caches[k], i > 0)
+            dz = norm_input_gradient(entry.sums[k], du, *how) if how else du * unit
+            dx, dw = linear_backward(layer, dz, entry.caches[k], i > 0)
             du, sums = outputs_backward(net, tape, i - 1, dx, k) if i else (None, None)
             return du, sums, dw
 
         dus, sums, dws = zip(*over(run, dus, numbers()))
         if w is not None:
-            dw = sum_over_shards([dw["w"] for dw in dws], ranks) / entry.unit
-            if isinstance(caches[0][1], WinogradKernel):
-                dw = winograd_kernel_backward(dw, layer.stride)
+            dw = sum_over_shards([dw["w"] for dw in dws], ranks, threads)
+            if isinstance(entry.caches[0][1], WinogradKernel):
+                dw = winograd_kernel_backward(dw, *entry.caches[0][1][1:])
+            dw /= unit**2
             # a mean over positions has one w for all of them, divided by their number
             grads[f"{i}.w"] = dw if dw.shape == w.shape else dw.reshape(-1, *w.shape).mean(0)
     return grads
@@ -1370,8 +1371,7 @@ class Recipe:
 
     def stage_of(self, epoch):
         """Return (activation, epochs done in the stage, epochs of the stage) of a run's epoch."""
-        every = [(name, done, n) for name, n in self.stages for done in range(n)]
-        return every[epoch]
+        return [(name, done, n) for name, n in self.stages for done in range(n)][epoch]
 
     def how(self, activation):
         """Return what `forward` takes for a stage: activation, levels, shift."""
@@ -1811,7 +1811,7 @@ class Sums:
             return
         self.unit = unit = math.gcd(layer.divisor, 16)  # a power of two, F or more
         self.of_spikes = largest == 1
-        if xp is np and takes_winograd(layer, layer.w, (images, *snn.shapes[i])):
+        if xp is np and winograd_outputs_of(layer, layer.w, (images, *snn.shapes[i])):
             self.w, bound_of_one = layer.winograd  # whole multiples of unit / 4
             if bound_of_one * largest * 4 / unit < 2**24:
                 return

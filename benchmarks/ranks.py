@@ -125,8 +125,9 @@ def exchanges(name, batch, shards):
                     if key[-1] == "w"
                     else params[key]
                 )
-                if cqsnn.takes_winograd(layer, w, (images, *before)):  # is summed as transformed
-                    w = cqsnn.winograd_kernel(w, layer.stride).u
+                m = cqsnn.winograd_outputs_of(layer, w, (images, *before), True)
+                if m:  # is summed as transformed
+                    w = cqsnn.winograd_kernel(w, layer.stride, m).u
                 found.append(("sum", w.nbytes))
         before = shape
     return [*found, ("gather", 4 * images * 10)]

@@ -58,30 +58,37 @@ def test_law_1_convolution_backward_is_the_exact_adjoint_over_many_blocks(stride
 
 
 @given(
-    st.sampled_from([(1, 2), (1, 3), (2, 2), (2, 3), (3, 2)]),
+    st.sampled_from([(1, 2, 2), (1, 3, 2), (2, 2, 2), (2, 3, 2), (3, 2, 2), (1, 3, 4), (2, 3, 4)]),
     *(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2), st.integers(0, 2**32)),
 )
 def test_winograd_is_the_convolution_and_its_exact_adjoint_on_whole_numbers(
     kernel, h, w, pad, seed
 ):
-    """4 G w G' is whole: nothing is rounded, in either direction; one block holds few images."""
-    (stride, taps), rng = kernel, np.random.default_rng(seed)
-    size = stride * taps
-    x = rng.integers(-9, 10, (3, size + h, size + w, 2)).astype(np.float32)
-    w, v = 4 * rng.integers(-9, 10, (2, size, size, 2, 3)).astype(np.float32)
+    """4 G w G' is whole for two outputs: nothing is rounded, in either direction. For four, 24 * 24
+    times it is, but for 1/24, which is no binary fraction. One block holds few images."""
+    (stride, taps, m), rng = kernel, np.random.default_rng(seed)
+    size, whole, dtype = stride * taps, *((4, np.float32) if m == 2 else (576, np.float64))
+
+    def equal(found, expected):
+        return (found == expected).all() if m == 2 else abs(found - expected).max() < 1e-6
+
+    x = rng.integers(-9, 10, (3, size + h, size + w, 2)).astype(dtype)
+    w, v = whole * rng.integers(-9, 10, (2, size, size, 2, 3)).astype(dtype)
+    kernel = cqsnn.winograd_kernel(w, stride, m)
     with mock.patch.object(cqsnn, "WINOGRAD_BYTES", 2 * 4 * 16 * 3 * x[0].size):
-        z, cache = cqsnn.winograd(x, cqsnn.winograd_kernel(w, stride), pad)
-        assert (z == loop_conv(x, w, stride, pad)).all()
-        dz = rng.integers(-9, 10, z.shape).astype(np.float32)
+        z, cache = cqsnn.winograd(x, kernel, pad)
+        assert equal(z, loop_conv(x, w, stride, pad))
+        dz = rng.integers(-9, 10, z.shape).astype(dtype)
         dx, grads = cqsnn.winograd_backward(dz, cache)
         none, same = cqsnn.winograd_backward(dz, cache, input_gradient=False)
-        spikes = rng.choice([0, 31], x.shape).astype(np.int8)  # the largest that eight bits allow
-        z, _ = cqsnn.winograd(spikes, cqsnn.winograd_kernel(w, stride), pad)
-        assert (z == loop_conv(spikes.astype(np.float32), w, stride, pad)).all()
-    dw = cqsnn.winograd_kernel_backward(grads["w"], stride)
+        if m == 2:
+            spikes = rng.choice([0, 31], x.shape).astype(np.int8)  # the most that eight bits allow
+            z, _ = cqsnn.winograd(spikes, kernel, pad)
+            assert (z == loop_conv(spikes.astype(np.float32), w, stride, pad)).all()
+    dw = cqsnn.winograd_kernel_backward(grads["w"], stride, m)
     direct = cqsnn.conv_backward(dz, (x, w, stride, pad))
-    assert (dx == direct[0]).all() and (dw == direct[1]["w"]).all()
-    assert (dz * loop_conv(x, v, stride, pad)).sum() == (dw * v).sum()
+    assert equal(dx, direct[0]) and equal(dw, direct[1]["w"])
+    assert equal((dz * loop_conv(x, v, stride, pad)).sum(), (dw * v).sum())
     assert none is None and (same["w"] == grads["w"]).all()
 
 
@@ -90,18 +97,17 @@ def test_winograd_bound_holds_every_sum_of_the_worst_images(kernel, largest, see
     """Each image makes one product of a tile as large as it can be, by the signs of B' and u."""
     (stride, taps), rng = kernel, np.random.default_rng(seed)
     w = rng.integers(-9, 10, (stride * taps, stride * taps, 2, 3)).astype(np.float64)
-    u, tiles = cqsnn.winograd_kernel(4 * w, stride).u, cqsnn.Tiles(taps, stride, 0, 1, 1)
+    u, tiles = cqsnn.winograd_kernel(4 * w, stride).u, cqsnn.Tiles(2, taps, stride, 0, 1, 1)
     bound, sums = cqsnn.winograd_bound(u, largest), [0]
     for i, j, o in np.ndindex(*u.shape[:2], 3):
-        one = np.zeros((taps + 1, taps + 1, 1, 1, 1, u.shape[2]))
+        one = np.zeros((taps + 1, taps + 1, 1, u.shape[2]))
         one[i, j] = u[i, j, :, o]
         side = (taps + 1) * stride
         slope = cqsnn.winograd_inputs_backward(one, tiles, (1, side, side, 2))
         for image in (slope > 0, slope < 0):
             v = cqsnn.winograd_inputs(image * largest, tiles, np.float64)
-            m = (v.reshape(*v.shape[:2], 1, -1) @ u).reshape(*v.shape[:-1], -1)
-            z = np.zeros((1, 2, 2, 3))
-            cqsnn.winograd_outputs(m, z)
+            m, z = v @ u, np.zeros((1, 2, 2, 3))
+            cqsnn.winograd_outputs(m, tiles, z)
             sums += [abs(v).max(), abs(m).max(), abs(z).max()]
     assert max(sums) <= bound and (bound <= 10 * max(sums) or not w.any())
 
@@ -113,16 +119,16 @@ def test_winograd_bound_is_the_sum_of_the_largest_products_that_an_output_adds(
     """Largest values of a tile are found by trying images, 0 and `largest`, not from B'."""
     (stride, taps), rng = kernel, np.random.default_rng(seed)
     w = rng.integers(-9, 10, (stride * taps, stride * taps, 2, 3)).astype(np.float64)
-    u, tiles = cqsnn.winograd_kernel(4 * w, stride).u, cqsnn.Tiles(taps, stride, 0, 1, 1)
+    u, tiles = cqsnn.winograd_kernel(4 * w, stride).u, cqsnn.Tiles(2, taps, stride, 0, 1, 1)
     side, products = (taps + 1) * stride, np.zeros((*u.shape[:2], 3))
     for i, j in np.ndindex(*u.shape[:2]):
-        one = np.zeros((taps + 1, taps + 1, 1, 1, 1, u.shape[2]))
+        one = np.zeros((taps + 1, taps + 1, 1, u.shape[2]))
         one[i, j] = 1
         slope = cqsnn.winograd_inputs_backward(one, tiles, (1, side, side, 2))
         images = np.concatenate([slope > 0, slope < 0]) * largest
         v = abs(cqsnn.winograd_inputs(images, tiles, np.float64)[i, j]).max()
         products[i, j] = v * abs(u[i, j]).sum(0)
-    added = abs(np.array(cqsnn.WINOGRAD[taps][0]))
+    added = abs(np.array(cqsnn.WINOGRAD[2, taps][0]))
     sums = [
         sum(added[p, i] * added[q, j] * products[i, j] for i, j in np.ndindex(*u.shape[:2]))
         for p, q in np.ndindex(2, 2)
@@ -131,12 +137,18 @@ def test_winograd_bound_is_the_sum_of_the_largest_products_that_an_output_adds(
 
 
 def test_winograd_is_taken_where_it_pays_and_nowhere_else():
-    """Wide kernels of 2 or 3 times the stride, on tiles enough; never on a small layer."""
+    """Wide kernels of 2 or 3 times the stride, on tiles enough; never on a small layer. Four
+    outputs a tile only while training, where they divide the image."""
 
-    def taken(layer, channels, *shape):
+    def taken(layer, channels, *shape, training=False):
         w = np.zeros((layer.size, layer.size, channels, layer.channels))
-        return cqsnn.takes_winograd(layer, w, (*shape, channels))
+        return cqsnn.winograd_outputs_of(layer, w, (*shape, channels), training)
 
+    three, four = cqsnn.Conv(128), cqsnn.Conv(128, 4, 2)
+    sizes = [(16, 8, 8), (15, 8, 8), (16, 8, 10), (8, 6, 6), (3, 8, 8)]
+    assert [taken(three, 128, *size, training=True) for size in sizes] == [4, 2, 2, 2, 0]
+    assert [taken(three, 128, *size) for size in sizes] == [2, 2, 2, 2, 0]
+    assert taken(four, 32, 16, 16, 16, training=True) == 2
     assert taken(cqsnn.Conv(128), 128, 8, 8, 8) and taken(cqsnn.Conv(128, 4, 2), 32, 8, 16, 16)
     assert not taken(cqsnn.Conv(128), 64, 8, 8, 8) and not taken(cqsnn.Conv(64), 128, 8, 8, 8)
     assert not taken(cqsnn.Conv(128), 128, 2, 8, 8)

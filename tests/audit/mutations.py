@@ -89,8 +89,8 @@ MUTATIONS = {
         "tests/test_layers.py",
     ),
     "leave out where Winograd's tiles overlap": (
-        "signed_sum((k > 1, *signs), (out, *parts), out)",
-        "signed_sum((0, *signs), (out, *parts), out)",
+        "pixels[at] += dpixels[at]",
+        "pixels[at] = dpixels[at]",
         "tests/test_layers.py",
     ),
     "let BLAS choose its threads": (
