@@ -508,15 +508,14 @@ class WinogradKernel(NamedTuple):
 def winograd_outputs_of(layer, w, shape, training=False):
     """Return the outputs of a tile, each way, with which Winograd's algorithm is fastest on a CPU
     for a layer with weights w (K, K, C, O) and inputs of `shape` (N, H, W, C); 0 where none is."""
-    if layer.kind != "conv" or array_module(w) is not np:
-        return 0
     taps, rest = divmod(layer.size, layer.stride)
-    if rest or min(layer.stride**2 * w.shape[2], w.shape[3]) < WINOGRAD_CHANNELS:
+    if rest or layer.kind != "conv" or array_module(w) is not np:
         return 0
+    narrowest = min(layer.stride**2 * w.shape[2], w.shape[3])
     outputs = output_size(shape, layer.size, layer.stride, layer.pad)
     for m in (4, 2) if training and not any(n % 4 for n in outputs) else (2,):
         tiles = shape[0] * math.prod(n // m for n in outputs)
-        if (m, taps) in WINOGRAD and tiles >= WINOGRAD_TILES:
+        if (m, taps) in WINOGRAD and tiles >= WINOGRAD_TILES and narrowest >= WINOGRAD_CHANNELS:
             return m
     return 0
 
@@ -548,13 +547,13 @@ def winograd_bound(u, largest):
 
 def signed_sum(signs, parts, out):
     """out = the sum of sign * part, for signs -1, 0 and 1, of which one at least is 1."""
-    signed = [(np.add, part) for sign, part in zip(signs, parts) if sign > 0]
-    signed += [(np.subtract, part) for sign, part in zip(signs, parts) if sign < 0]
-    total = signed[0][1]
-    if len(signed) == 1:
+    total, *added = (part for sign, part in zip(signs, parts) if sign > 0)
+    subtracted = [part for sign, part in zip(signs, parts) if sign < 0]
+    for function, others in ((np.add, added), (np.subtract, subtracted)):
+        for part in others:
+            total = function(total, part, out=out)
+    if total is not out:
         out[...] = total
-    for function, part in signed[1:]:
-        total = function(total, part, out=out)
 
 
 def both_ways(matrix, x):
@@ -964,13 +963,15 @@ def cross_entropy(logits, labels, smoothing=0.0):
 
 @dataclass(frozen=True)
 class Conv:
-    """Convolution, batch normalisation, CQ and, while training, dropout."""
+    """Convolution, batch normalisation, CQ and, while training, dropout. mean=True: K-1 x K-1
+    weights and half the stride, then means of 2x2 outputs: one of K x K weights and this stride."""
 
     channels: int
     size: int = 3
     stride: int = 1
     pad: int = 1
     dropout: float = 0.0
+    mean: bool = False
     kind, norm = "conv", True
 
 
@@ -981,7 +982,7 @@ class Depthwise:
     size: int = 2
     stride: int = 2
     pad: int = 0
-    kind, norm = "depthwise", False
+    kind, norm, mean = "depthwise", False, False
 
 
 @dataclass(frozen=True)
@@ -1009,6 +1010,7 @@ _NAMED = {
     "lenet*": "32C3p0-32C3p0-32C4s2-64C3p0-64C3p0-64C4s2-128C3p0-FC",
     "vgg*": "128C3-128C3-A-256C3-256C3-A-512C3-512C3-A-1024C3p0-A-FC",
     "allconv": "32C3-64C4s2-64C3-256C4s2-256C3-256C4s2-256C3-G-FC",
+    "wideconv": "64C3-128C3A-128C3-256C3A-256C3-384C3A-384C3-G-FC",
     "vgg11": "64C3-A-128C3-A-256C3-256C3-A" + "-512C3-512C3-A" * 2 + "-FC",
     "vgg13": "64C3-64C3-A-128C3-128C3-A-256C3-256C3-A" + "-512C3-512C3-A" * 2 + "-FC",
     "vgg16": "64C3-64C3-A-128C3-128C3-A" + "-256C3" * 3 + ("-A" + "-512C3" * 3) * 2 + "-A-FC",
@@ -1019,16 +1021,21 @@ _NAMED["vgg19-tp"] = _NAMED["vgg19"].replace("A", "T")
 
 def network(text):
     """Return the network of a name, or of words: nCk a convolution, with sS and pP where stride or
-    pad is not 1; A average and T trainable pooling; FC last, G-FC on the mean over positions."""
+    pad is not 1, and A behind it for the mean of 2x2 outputs before the norm; A average and T
+    trainable pooling; FC last, G-FC on the mean over positions."""
     words = {"A": AvgPool(), "T": Depthwise(), "FC": Dense(), "GFC": Dense(mean=True)}
     found, layers = _NAMED.get(text, text).replace("G-FC", "GFC").split("-"), []
     for word in found:
-        kernel = re.fullmatch(r"([1-9]\d{0,4})C([1-9]\d?)(?:s([1-9]\d?))?(?:p(\d\d?))?", word)
+        kernel = re.fullmatch(r"([1-9]\d{0,4})C([1-9]\d?)(?:s([1-9]\d?))?(?:p(\d\d?))?(A?)", word)
         last = len(layers) == len(found) - 1
         if word.endswith("FC") != last or not (kernel or word in words):
-            known = f"{', '.join(_NAMED)}; or nCk, nCksSpP, A, T, joined by -, and -FC or -G-FC"
+            known = ", ".join([*_NAMED, "nCk, nCkA, nCksSpP, A, T, FC, G-FC: joined by -, FC last"])
             raise ValueError(f"network {text!r}: {word!r}, expected one of {known}")
-        layers.append(Conv(*(int(n or 1) for n in kernel.groups())) if kernel else words[word])
+        if kernel:
+            n, size, stride, pad = (int(k or 1) for k in kernel.groups()[:4])
+            mean = word.endswith("A")
+            words[word] = Conv(n, size + mean, stride << mean, pad, mean=mean)
+        layers.append(words[word])
     return tuple(layers)
 
 
@@ -1070,9 +1077,9 @@ def init_params(net, shape, classes, rng):
         if layer.kind == "depthwise":
             w = np.full((layer.size, layer.size, before[-1]), 1 / layer.size**2)
         else:
-            fan_in = (layer.size, layer.size, before[-1])
-            if layer.kind == "dense":
-                fan_in = before[-1:] if layer.mean else (math.prod(before),)
+            fan_in = before[-1:] if layer.mean else (math.prod(before),)
+            if layer.kind == "conv":
+                fan_in = (layer.size - layer.mean, layer.size - layer.mean, before[-1])
             variance = (2 if layer.norm else 1) / math.prod(fan_in)
             w = rng.normal(0, math.sqrt(variance), (*fan_in, out[-1]))
         params[f"{i}.w"] = w.astype(np.float32)
@@ -1091,7 +1098,7 @@ def whiten(net, params, x):
     if net[0].kind != "conv":
         return params
     xp, w, count, total, square = array_module(x), params["0.w"], 0, 0, 0
-    for _, rows in column_blocks(x, net[0].size, 1, 0, x.dtype):
+    for _, rows in column_blocks(x, len(w), 1, 0, x.dtype):
         count, total = count + len(rows), total + rows.sum(0, dtype=np.float64)
         square = square + (rows.T @ rows).astype(np.float64)
     mean = total / count
@@ -1107,10 +1114,8 @@ def linear(layer, x, w):
     The type of w carries the sum; a pooling, whose weights are 1, gets any array of that type."""
     if isinstance(w, WinogradKernel):
         return winograd(x, w, layer.pad)
-    if layer.kind == "conv":
-        return conv(x, w, layer.stride, layer.pad)
-    if layer.kind == "depthwise":
-        return depthwise(x, w, layer.stride, layer.pad)
+    if layer.kind in ("conv", "depthwise"):
+        return (conv if layer.kind == "conv" else depthwise)(x, w, layer.stride, layer.pad)
     return sum_pool(x, layer.size, w.dtype) if layer.kind == "pool" else dense(x, w)
 
 
@@ -1125,13 +1130,27 @@ def linear_backward(layer, dz, cache, input_gradient=True):
     return (sum_pool_backward if layer.kind == "pool" else dense_backward)(dz, cache)
 
 
-def every_position(layer, w, shape):
-    """Return a layer's weights w for inputs of `shape`: where it reads the mean over positions,
-    that is w / (H*W) at each of them."""
-    if layer.kind != "dense" or not layer.mean:
+def applied_weights(layer, w, shape):
+    """Return a layer's weights w as they meet inputs of `shape`, with the mean that it takes: of
+    2x2 outputs of a convolution, or of all positions, w / (H*W) at each of them."""
+    if layer.kind == "pool" or not layer.mean:
         return w
-    positions = math.prod(shape[:-1])
-    return array_module(w).tile(w / positions, (positions, 1))
+    if layer.kind == "dense":
+        positions = math.prod(shape[:-1])
+        return array_module(w).tile(w / positions, (positions, 1))
+    wide = array_module(w).zeros((layer.size, layer.size, *w.shape[2:]), w.dtype)
+    for k, m in itertools.product(range(2), repeat=2):
+        wide[k : k + len(w), m : m + len(w)] += w / 4
+    return wide
+
+
+def applied_weights_backward(layer, dw, shape):
+    """Return the gradient by weights of `shape` from that by the applied ones."""
+    if layer.kind == "dense":
+        return dw.reshape(-1, *shape).mean(0)
+    if layer.mean:
+        dw = sum(dw[k : k + shape[0], m : m + shape[0]] for k in range(2) for m in range(2)) / 4
+    return dw
 
 
 class LayerTape(NamedTuple):
@@ -1150,7 +1169,7 @@ def carried_weights(layer, w, unit, shape, training=False):
     """Return what `linear` takes for inputs of `shape` that are activations times unit."""
     if layer.kind == "pool":
         return None
-    w = every_position(layer, w, shape[1:]) / unit
+    w = applied_weights(layer, w, shape[1:]) / unit
     m = winograd_outputs_of(layer, w, shape, training)
     return winograd_kernel(w, layer.stride, m) if m else w
 
@@ -1244,8 +1263,7 @@ def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
             grads |= {f"{i}.{name}": g for name, g in found.items()}
         elif layer.kind != "pool":
             grads[f"{i}.b"] = sum_over_shards(sums, ranks)
-        # inputs are activations times unit, weights w / unit: dz is taken times unit, so that dx is
-        # a derivative by activations, and dw is divided by it twice
+        # of activations times unit, and w / unit: dz times unit makes dx one by activations
         unit = 1 if w is None else entry.unit
         how = how and (how[0], how[1] * unit, *how[2:])
 
@@ -1260,9 +1278,8 @@ def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
             dw = sum_over_shards([dw["w"] for dw in dws], ranks, threads)
             if isinstance(entry.caches[0][1], WinogradKernel):
                 dw = winograd_kernel_backward(dw, *entry.caches[0][1][1:])
-            dw /= unit**2
-            # a mean over positions has one w for all of them, divided by their number
-            grads[f"{i}.w"] = dw if dw.shape == w.shape else dw.reshape(-1, *w.shape).mean(0)
+            dw /= unit**2  # for inputs and for dz
+            grads[f"{i}.w"] = applied_weights_backward(layer, dw, w.shape)
     return grads
 
 
@@ -1375,8 +1392,7 @@ class Recipe:
 
     def how(self, activation):
         """Return what `forward` takes for a stage: activation, levels, shift."""
-        quantized = activation == "quantize"
-        return activation, self.levels if quantized else None, self.shift if quantized else 0.0
+        return activation, *((self.levels, self.shift) if activation == "quantize" else (None, 0.0))
 
 
 def look_up(images, row, column):
@@ -1616,7 +1632,7 @@ def fold(net, params, shape):
         if layer.norm:
             scale = p["gamma"] / np.sqrt(p["var"] + BATCH_NORM_EPS)
             w, b = w * scale, p["beta"] - p["mean"] * scale
-        folded.append(None if w is None else (every_position(layer, w, before), b))
+        folded.append(None if w is None else (applied_weights(layer, w, before), b))
     return folded
 
 
@@ -2149,8 +2165,7 @@ def evaluate(
             run = simulate(snn, k0, schedule, threads=threads)
             right = to_host((run.logits_over_time.argmax(2) == truth).sum(1))
             seconds = time.perf_counter() - began  # a GPU is done when its answer is here
-            pairs = zip(run.counts, reference.counts)
-            wrong = [int((ours != exact).sum()) for ours, exact in pairs]
+            wrong = [int((c != exact).sum()) for c, exact in zip(run.counts, reference.counts)]
             spikes = sum(int(c.sum()) for c in run.counts)
             synops = int(run.synops.sum()), *effective_operations(snn, k0, run.counts)
             rows[schedule].append((right, wrong, spikes, synops, seconds))
@@ -2518,9 +2533,8 @@ def load_model(path):
     arrays = read_npz(path, MODEL_FORMAT)
     with refusing(path, "not a whole checkpoint: {}"):
         meta = json.loads(str(arrays.pop("meta")))
-        keys = [key.split("/", 1) for key in arrays]
-        named = {part: {} for part in ("params", "state")}
-        for (part, name), array in zip(keys, arrays.values()):
+        named = {"params": {}, "state": {}}
+        for (part, name), array in ((key.split("/", 1), a) for key, a in arrays.items()):
             named[part][name] = array
     return named["params"], named["state"], meta
 
@@ -2567,7 +2581,7 @@ def _state_weights(layer, found, channels, before, classes):
         positions = 1 if layer.mean else math.prod(before[:-1]) if before else square
         return layer.units or classes or found[0], channels * positions
     outputs, inputs = (channels, 1) if layer.kind == "depthwise" else (layer.channels, channels)
-    return outputs, inputs, layer.size, layer.size
+    return outputs, inputs, layer.size - layer.mean, layer.size - layer.mean
 
 
 def from_state(net, arrays, shape=None, classes=None):
@@ -2768,20 +2782,18 @@ _IDX = tuple((f"{p}-images-idx3-ubyte", f"{p}-labels-idx1-ubyte") for p in ("tra
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFAR10 = ("cifar-10-batches-bin", tuple(f"{name}.bin" for name in _BATCHES), ("test_batch.bin",))
 _CIFAR100 = ("cifar-100-binary", ("train.bin",), ("test.bin",))
-_PYTHON10 = ("cifar-10-batches-py", _BATCHES, ("test_batch",))
-_PYTHON100 = ("cifar-100-python", ("train",), ("test",))
-_TORONTO = "https://www.cs.toronto.edu/~kriz/"
+_KRIZ = "https://www.cs.toronto.edu/~kriz/"
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 DATASETS = {
     "digits": DataSet("digits", *_IDX, 10, "the project's folder data/digits"),
     "mnist": DataSet("mnist", *_IDX, 10, "https://ossci-datasets.s3.amazonaws.com/mnist/"),
     "fashion-mnist": DataSet("fashion-mnist", *_IDX, 10, _FASHION),
-    "cifar10": DataSet(*_CIFAR10, 10, _TORONTO, "cifar-10-binary.tar.gz", 1),
-    "cifar100": DataSet(*_CIFAR100, 100, _TORONTO, "cifar-100-binary.tar.gz", 2),
+    "cifar10": DataSet(*_CIFAR10, 10, _KRIZ, "cifar-10-binary.tar.gz", 1),
+    "cifar100": DataSet(*_CIFAR100, 100, _KRIZ, "cifar-100-binary.tar.gz", 2),
 }
 PICKLED = {  # CIFAR's Python version, as torchvision leaves it
-    "cifar10": DataSet(*_PYTHON10, 10, _TORONTO, label="labels"),
-    "cifar100": DataSet(*_PYTHON100, 100, _TORONTO, label="fine_labels"),
+    "cifar10": DataSet("cifar-10-batches-py", _BATCHES, ("test_batch",), 10, _KRIZ, label="labels"),
+    "cifar100": DataSet("cifar-100-python", ("train",), ("test",), 100, _KRIZ, label="fine_labels"),
 }
 # bytes and SHA-256 of each file of a data set, in its order, or of its archive, as in the
 # url_checksums of TensorFlow Datasets

@@ -31,8 +31,8 @@ from cqsnn import Recipe
 
 # net, epochs of the ReLU, clamp and quantise stages, optimiser, rate, batch
 _LENET = Recipe(*("lenet*", 0, 1, 5, "muon", 0.09, 256), move=2, steps=48, levels=48)
-_ALLCONV = Recipe(
-    *("allconv", 0, 1, 26, "muon", 0.13, 500),
+_WIDECONV = Recipe(
+    *("wideconv", 0, 1, 21, "muon", 0.13, 500),
     **{"smoothing": 0.2, "move": 3, "flip": True, "cutout": 8, "whiten": True},
     **{"encoding": "direct", "steps": 16, "levels": 16},
 )
@@ -40,8 +40,8 @@ RECIPES = {
     "digits": Recipe("digits"),
     "mnist": replace(_LENET, turn=10.0),
     "fashion-mnist": replace(_LENET, quantize_epochs=7, flip=True, cutout=6),
-    "cifar10": _ALLCONV,
-    "cifar100": _ALLCONV,
+    "cifar10": _WIDECONV,
+    "cifar100": _WIDECONV,
 }
 _VGG = {"optimizer": "muon", "lr": 0.09, "batch": 256, "dropout": 0.15}
 NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}

@@ -121,7 +121,7 @@ def exchanges(name, batch, shards):
         for key in (f"{i}.w", f"{i}.b"):
             if key in params:
                 w = (
-                    cqsnn.every_position(layer, params[key], before)
+                    cqsnn.applied_weights(layer, params[key], before)
                     if key[-1] == "w"
                     else params[key]
                 )

@@ -35,7 +35,7 @@ def torch_modules(net, channels, positions, rng, norm=True, bias=False, classes=
             layer.kind, channels
         )
         kernel = {
-            "conv": (outputs, channels, layer.size, layer.size),
+            "conv": (outputs, channels, *2 * (layer.size - getattr(layer, "mean", 0),)),
             "depthwise": (channels, 1, layer.size, layer.size),
             "dense": (outputs, channels * (1 if getattr(layer, "mean", False) else positions)),
         }[layer.kind]
@@ -76,7 +76,9 @@ def float_network(net, modules, x, norm):
         if layer.kind == "depthwise":
             x = oracles.loop_depthwise(x, w[:, 0].transpose(1, 2, 0), layer.stride, layer.pad)
         else:
-            x = oracles.loop_conv(x, w.transpose(2, 3, 1, 0), layer.stride, layer.pad)
+            # where layer.mean, as Conv2d and AvgPool2d(2) before BatchNorm2d
+            x = oracles.loop_conv(x, w.transpose(2, 3, 1, 0), layer.stride >> layer.mean, layer.pad)
+            x = oracles.loop_pool(x, 2) / 4 if layer.mean else x
         x = x + m.get("bias", 0)
         if layer.norm and norm:
             n = {k: np.asarray(v, np.float64) for k, v in next(modules).items()}
@@ -86,7 +88,7 @@ def float_network(net, modules, x, norm):
     raise AssertionError("no last layer")
 
 
-NETS = {"3C3-A-4C2p0-FC": 4, "2C3s2-T-3C1p0-FC": 1, "4C3-3C2s2p0-GFC": None}
+NETS = {"3C3-A-4C2p0-FC": 4, "2C3s2-T-3C1p0-FC": 1, "4C3-3C2s2p0-GFC": None, "4C3A-3C2p0A-FC": 1}
 
 
 @pytest.mark.parametrize("words", NETS)

@@ -419,7 +419,7 @@ NET = (
     *(cqsnn.Conv(3), cqsnn.AvgPool(2), cqsnn.Conv(4, 3, 2, 1), cqsnn.Depthwise(2, 1)),
     *(cqsnn.Dense(5), cqsnn.Dense()),
 )
-MEAN_NET = cqsnn.network("3C3-A-4C2p0-GFC")
+MEAN_NET = cqsnn.network("3C3A-4C2p0-G-FC")
 STRIDES = cqsnn.network("3C4s2-4C3-FC")
 
 
@@ -456,7 +456,8 @@ def loop_network(net, params, x, passed):
             u = loop_dense(x.mean((1, 2)) if layer.mean else x, p["w"])
         else:
             loop = loop_conv if layer.kind == "conv" else loop_depthwise
-            u = loop(x, p["w"], layer.stride, layer.pad)
+            u = loop(x, p["w"], layer.stride >> layer.mean, layer.pad)
+            u = loop_pool(u, 2) / 4 if layer.mean else u
         if layer.norm:
             u = p["gamma"] * (u - p["mean"]) / np.sqrt(p["var"] + 1e-5) + p["beta"]
         elif "b" in p:

@@ -390,7 +390,7 @@ def random_cnn(words, shape, seed, spread=0.5):
     return net, params
 
 
-WORDS = ("3C3-A-4C3s2-FC", "3C2p0-T-GFC", "A-5C3-FC", "4C3-T-A-GFC")
+WORDS = ("3C3-A-4C3s2-FC", "3C2p0-T-GFC", "A-5C3-FC", "4C3A-T-A-GFC")
 
 
 @given(
@@ -535,6 +535,7 @@ def test_a_network_has_a_name_or_words():
     for name, net in cqsnn.NETWORKS.items():
         assert cqsnn.network(name) == net
     assert cqsnn.network("32C3-A-64C3-A-FC") == cqsnn.NETWORKS["digits"]
+    assert cqsnn.network("8C3A-FC")[0] == cqsnn.Conv(8, 4, 2, 1, mean=True)
     assert cqsnn.network("8C4s2p0-G-FC") == (cqsnn.Conv(8, 4, 2, 0), cqsnn.Dense(mean=True))
 
 
