@@ -156,10 +156,31 @@ def simulation(name, report):
 
 def comparison(name, report):
     """Return the line of a run that was judged on held-out training images."""
+    log = [json.loads(line) for line in (RESULTS / name / "log.jsonl").read_text().splitlines()]
     return (
-        f"| {name} | `{command(report)}` | {percent(report['clamp_accuracy'])} "
-        f"| {percent(report['cq_accuracy'])} | {schedules(report)} |"
+        f"| {name} | `{command(report)}` | {report['pflop']:.3g} "
+        f"| {percent(log[-1]['train_accuracy'])} | {percent(report['cq_accuracy'])} "
+        f"| {schedules(report)} |"
     )
+
+
+def seeds(found):
+    """Return the lines of a table of the runs that differ by their seed alone: mean and range."""
+    alike = {}
+    for name, report in found.items():
+        words = re.sub(r" --(seed|schedule)( [^-]\S*)+", "", command(report))
+        alike.setdefault(words, []).append((name, report))
+    lines = []
+    for words, runs in alike.items():
+        names, reports = zip(*runs)
+        if len({report["seed"] for report in reports}) > 1:
+            cells = [", ".join(names), f"`{words}`"]
+            for kind in ("cq_accuracy", "integer_accuracy"):
+                values = [report[kind] for report in reports]
+                mean, ends = sum(values) / len(values), (min(values), max(values))
+                cells.append(f"{percent(mean)} ({' to '.join(map(percent, ends))})")
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def write():
@@ -171,6 +192,11 @@ def write():
     lines = [INTRODUCTION.format(notes="Accuracies are in per cent.")]
     for name, report in found.items():
         lines += [] if name in alone or name in held else row(name, report)
+    several = seeds({n: r for n, r in found.items() if n not in alone and n not in held})
+    if several:
+        lines += ["## Several seeds", ""]
+        lines += ["| rows | command | CQ network: mean, range | integer CNN = synchronous |"]
+        lines += ["|---|---|---|---|", *several, ""]
     if alone:
         lines += ["## Networks above at other T", ""]
         lines += ["| name | command | T | images | integer CNN | spiking (steps) |"]
@@ -183,8 +209,8 @@ def write():
             "Judged on held-out training images, never on test images.",
             "",
         ]
-        lines += ["| name | command | clamp network | CQ network | spiking (steps) |"]
-        lines += ["|---|---|---|---|---|"]
+        lines += ["| name | command | PFLOP | trained on | CQ network | spiking (steps) |"]
+        lines += ["|---|---|---|---|---|---|"]
         lines += [comparison(name, report) for name, report in held.items()]
         lines += [""]
     if NOT_RUN.exists():
