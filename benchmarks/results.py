@@ -36,10 +36,12 @@ def add(run, name):
     """Keep the figures of a run folder, and its network where it is small enough."""
     kept = RESULTS / name
     kept.mkdir(parents=True, exist_ok=True)
+    held = json.loads((run / "report.json").read_text()).get("hold_out")
     trained = (run / "snn.npz").exists()  # else a run of --simulate, whose network is another's
-    for file in ("report.json", *(("log.jsonl", "latency.png") if trained else ())):
+    files = ("report.json", "log.jsonl", "latency.png")
+    for file in files[: 1 + trained + (trained and not held)]:
         shutil.copyfile(run / file, kept / file)
-    if trained:
+    if trained and not held:
         snn = (run / "snn.npz").read_bytes()
         digest = hashlib.sha256(snn).hexdigest()
         (kept / "snn.sha256").write_text(f"{digest}  snn.npz  {len(snn)} bytes\n")
