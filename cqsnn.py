@@ -1027,8 +1027,7 @@ def network(text):
     found, layers = _NAMED.get(text, text).replace("G-FC", "GFC").split("-"), []
     for word in found:
         kernel = re.fullmatch(r"([1-9]\d{0,4})C([1-9]\d?)(?:s([1-9]\d?))?(?:p(\d\d?))?(A?)", word)
-        last = len(layers) == len(found) - 1
-        if word.endswith("FC") != last or not (kernel or word in words):
+        if word.endswith("FC") != (len(layers) == len(found) - 1) or not (kernel or word in words):
             known = ", ".join([*_NAMED, "nCk, nCkA, nCksSpP, A, T, FC, G-FC: joined by -, FC last"])
             raise ValueError(f"network {text!r}: {word!r}, expected one of {known}")
         if kernel:
@@ -1313,7 +1312,7 @@ def orthogonalise(g):
     """Return the matrix g (rows <= columns) with singular values near 1: X <- g / |g|, then
     three times M = X X', X <- a X + (b M + c M M) X (Jordan et al., 2024)."""
     a, b, c = NEWTON_SCHULZ
-    x = g / (array_module(g).linalg.norm(g) + 1e-7)
+    x = array_module(g).ascontiguousarray(g) / (array_module(g).linalg.norm(g) + 1e-7)
     for _ in range(3):
         m = x @ x.T
         x = a * x + (b * m + c * (m @ m)) @ x
@@ -1346,7 +1345,8 @@ def muon(params, grads, state, rate, threads=None, momentum=0.6, others_momentum
             norm = key.endswith((".gamma", ".beta"))
             w -= rate * (NORM_RATE if norm else DENSE_RATE) * g
 
-    over_shards(move, list(grads.values()), list(grads), threads=threads)
+    largest_first = sorted(grads, key=lambda key: -grads[key].size)
+    over_shards(move, [grads[key] for key in largest_first], largest_first, threads=threads)
 
 
 OPTIMIZERS = {"adam": adam, "muon": muon}
