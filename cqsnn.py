@@ -493,7 +493,7 @@ WINOGRAD = {
 }
 # With fewer channels passes over memory cost what products save, with fewer tiles in a shard those
 # over the weights do: measured. So is the number of bytes of tiles that are worked at a time.
-WINOGRAD_CHANNELS, WINOGRAD_TILES, WINOGRAD_BYTES = 128, 64, 2**22
+WINOGRAD_CHANNELS, WINOGRAD_TILES, WINOGRAD_BYTES = 128, {2: 64, 4: 48}, 2**22  # by m
 
 
 class WinogradKernel(NamedTuple):
@@ -502,10 +502,10 @@ class WinogradKernel(NamedTuple):
 
     u: np.ndarray  # G w G' (m+r-1, m+r-1, S*S*C, O)
     stride: int
-    m: int = 2  # outputs of a tile, each way
+    m: int  # outputs of a tile, each way
 
 
-def winograd_outputs_of(layer, w, shape, training=False):
+def tile_size(layer, w, shape, training=False):
     """Return the outputs of a tile, each way, with which Winograd's algorithm is fastest on a CPU
     for a layer with weights w (K, K, C, O) and inputs of `shape` (N, H, W, C); 0 where none is."""
     taps, rest = divmod(layer.size, layer.stride)
@@ -515,7 +515,7 @@ def winograd_outputs_of(layer, w, shape, training=False):
     outputs = output_size(shape, layer.size, layer.stride, layer.pad)
     for m in (4, 2) if training and not any(n % 4 for n in outputs) else (2,):
         tiles = shape[0] * math.prod(n // m for n in outputs)
-        if (m, taps) in WINOGRAD and tiles >= WINOGRAD_TILES and narrowest >= WINOGRAD_CHANNELS:
+        if (m, taps) in WINOGRAD and tiles >= WINOGRAD_TILES[m] and narrowest >= WINOGRAD_CHANNELS:
             return m
     return 0
 
@@ -526,7 +526,7 @@ def winograd_kernel(w, stride, m=2):
     return WinogradKernel(both_ways(WINOGRAD[m, len(taps)][2], taps), stride, m)
 
 
-def winograd_kernel_backward(du, stride, m=2):
+def winograd_kernel_backward(du, stride, m):
     """dw = G' du G, every tap back in its place."""
     r, outputs = len(du) - m + 1, du.shape[3]
     taps = both_ways(np.transpose(WINOGRAD[m, r][2]), du)
@@ -582,8 +582,8 @@ class Tiles(NamedTuple):
     across: int
 
     def crops(self, shape):
-        """Return the shape of what the tiles reach of padded images, of `shape` without the
-        border, and the slices of those images, and of it, that meet."""
+        """For images of `shape`: the shape of what the tiles reach of them and their border, which
+        pixels of the images that is, and where those lie in it."""
         sizes = [(self.m * n + self.r - 1) * self.stride for n in (self.down, self.across)]
         kept = [min(n, size - self.pad) for n, size in zip(shape[1:3], sizes)]
         inside = (slice(None), *(slice(n) for n in kept))
@@ -605,7 +605,7 @@ def winograd_inputs(x, tiles, dtype):
     shape, inside, met = tiles.crops(x.shape)
     reached = np.zeros(shape, dtype)
     reached[met] = x[inside]
-    v = both_ways(WINOGRAD[tiles[:2]][1], tiles.view(reached).copy())
+    v = both_ways(WINOGRAD[tiles.m, tiles.r][1], tiles.view(reached).copy())
     return v.reshape(*v.shape[:2], -1, tiles.stride**2 * x.shape[3])
 
 
@@ -614,7 +614,7 @@ def winograd_inputs_backward(dv, tiles, shape):
     wide, inside, met = tiles.crops(shape)
     reached, dx = np.zeros(wide, dv.dtype), np.zeros(shape, dv.dtype)
     pixels = tiles.view(reached)
-    dpixels = both_ways(np.transpose(WINOGRAD[tiles[:2]][1]), dv).reshape(pixels.shape)
+    dpixels = both_ways(np.transpose(WINOGRAD[tiles.m, tiles.r][1]), dv).reshape(pixels.shape)
     for at in np.ndindex(pixels.shape[:2]):
         pixels[at] += dpixels[at]
     dx[inside] = reached[met]
@@ -625,14 +625,14 @@ def winograd_outputs(m, tiles, z):
     """z = A' m A of every tile, from m (m+r-1, m+r-1, N*down*across, O); in place on z."""
     every = z.reshape(len(z), tiles.down, tiles.m, tiles.across, tiles.m, -1)
     every = every.transpose(2, 4, 0, 1, 3, 5)
-    every[...] = both_ways(WINOGRAD[tiles[:2]][0], m).reshape(every.shape)
+    every[...] = both_ways(WINOGRAD[tiles.m, tiles.r][0], m).reshape(every.shape)
 
 
 def winograd_outputs_backward(dz, tiles):
     """dm = A dz A' of every tile, (m+r-1, m+r-1, N*down*across, O)."""
     every = dz.reshape(len(dz), tiles.down, tiles.m, tiles.across, tiles.m, -1)
     every = every.transpose(2, 4, 0, 1, 3, 5).reshape(tiles.m, tiles.m, -1, dz.shape[3])
-    return both_ways(np.transpose(WINOGRAD[tiles[:2]][0]), every)
+    return both_ways(np.transpose(WINOGRAD[tiles.m, tiles.r][0]), every)
 
 
 def tile_blocks(x, kernel, pad):
@@ -963,8 +963,8 @@ def cross_entropy(logits, labels, smoothing=0.0):
 
 @dataclass(frozen=True)
 class Conv:
-    """Convolution, batch normalisation, CQ and, while training, dropout. mean=True: K-1 x K-1
-    weights and half the stride, then means of 2x2 outputs: one of K x K weights and this stride."""
+    """Convolution, batch normalisation, CQ and, while training, dropout. mean=True: the mean of
+    2x2 outputs of K-1 x K-1 weights with stride 1, which is one of K x K with stride 2."""
 
     channels: int
     size: int = 3
@@ -1027,14 +1027,15 @@ def network(text):
     found, layers = _NAMED.get(text, text).replace("G-FC", "GFC").split("-"), []
     for word in found:
         kernel = re.fullmatch(r"([1-9]\d{0,4})C([1-9]\d?)(?:s([1-9]\d?))?(?:p(\d\d?))?(A?)", word)
-        if word.endswith("FC") != (len(layers) == len(found) - 1) or not (kernel or word in words):
-            known = ", ".join([*_NAMED, "nCk, nCkA, nCksSpP, A, T, FC, G-FC: joined by -, FC last"])
+        if not (kernel or word in words) or (kernel and kernel[3] and kernel[5]):
+            known = ", ".join([*_NAMED, "or nCk, nCkpP, nCksSpP, nCkA, nCkpPA, A, T, FC, G-FC"])
             raise ValueError(f"network {text!r}: {word!r}, expected one of {known}")
         if kernel:
-            n, size, stride, pad = (int(k or 1) for k in kernel.groups()[:4])
-            mean = word.endswith("A")
-            words[word] = Conv(n, size + mean, stride << mean, pad, mean=mean)
+            n, k, s, p = (int(number or 1) for number in kernel.groups()[:4])
+            words[word] = Conv(n, k + 1, 2, p, mean=True) if kernel[5] else Conv(n, k, s, p)
         layers.append(words[word])
+    if [layer.kind == "dense" for layer in layers] != [False] * (len(layers) - 1) + [True]:
+        raise ValueError(f"network {text!r}: expected FC or G-FC at its end and nowhere else")
     return tuple(layers)
 
 
@@ -1169,7 +1170,7 @@ def carried_weights(layer, w, unit, shape, training=False):
     if layer.kind == "pool":
         return None
     w = applied_weights(layer, w, shape[1:]) / unit
-    m = winograd_outputs_of(layer, w, shape, training)
+    m = tile_size(layer, w, shape, training)
     return winograd_kernel(w, layer.stride, m) if m else w
 
 
@@ -1275,8 +1276,8 @@ def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
         dus, sums, dws = zip(*over(run, dus, numbers()))
         if w is not None:
             dw = sum_over_shards([dw["w"] for dw in dws], ranks, threads)
-            if isinstance(entry.caches[0][1], WinogradKernel):
-                dw = winograd_kernel_backward(dw, *entry.caches[0][1][1:])
+            if isinstance(kernel := entry.caches[0][1], WinogradKernel):
+                dw = winograd_kernel_backward(dw, kernel.stride, kernel.m)
             dw /= unit**2  # for inputs and for dz
             grads[f"{i}.w"] = applied_weights_backward(layer, dw, w.shape)
     return grads
@@ -1622,7 +1623,7 @@ class SpikingNetwork:
 def fold(net, params, shape):
     """Return each layer's float64 weights and bias with batch normalisation folded in.
     W = w gamma / sqrt(var + eps), B = beta - mean gamma / sqrt(var + eps); a pooling is None.
-    A layer that reads the mean over positions becomes one with W / (H*W) at each of them."""
+    Means become part of the weights, see `applied_weights`."""
     folded, names = [], ("w", "b", "gamma", "beta", "mean", "var")
     shapes = [shape, *output_shapes(net, shape, len(params[f"{len(net) - 1}.b"]))]
     for i, (layer, before) in enumerate(zip(net, shapes)):
@@ -1827,7 +1828,7 @@ class Sums:
             return
         self.unit = unit = math.gcd(layer.divisor, 16)  # a power of two, F or more
         self.of_spikes = largest == 1
-        if xp is np and winograd_outputs_of(layer, layer.w, (images, *snn.shapes[i])):
+        if xp is np and tile_size(layer, layer.w, (images, *snn.shapes[i])):
             self.w, bound_of_one = layer.winograd  # whole multiples of unit / 4
             if bound_of_one * largest * 4 / unit < 2**24:
                 return
@@ -2795,8 +2796,7 @@ PICKLED = {  # CIFAR's Python version, as torchvision leaves it
     "cifar10": DataSet("cifar-10-batches-py", _BATCHES, ("test_batch",), 10, _KRIZ, label="labels"),
     "cifar100": DataSet("cifar-100-python", ("train",), ("test",), 100, _KRIZ, label="fine_labels"),
 }
-# bytes and SHA-256 of each file of a data set, in its order, or of its archive, as in the
-# url_checksums of TensorFlow Datasets
+# bytes and SHA-256 of a data set's files, in its order, or archive, as TensorFlow Datasets has them
 _CHECKSUMS = """
 mnist 9912422 440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609
 mnist 28881 3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c

@@ -987,7 +987,7 @@ def main(command=None):
         return end(ranks, 130, f"interrupted{hint}")
     except FloatingPointError as error:
         return end(ranks, 1, f"train_cq: {error}; expected a finite one: try a lower --lr")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         return end(ranks, 2, f"train_cq: {' '.join(str(error).split())}")
     except Exception as error:
         if ranks.size == 1:

@@ -125,7 +125,7 @@ def exchanges(name, batch, shards):
                     if key[-1] == "w"
                     else params[key]
                 )
-                m = cqsnn.winograd_outputs_of(layer, w, (images, *before), True)
+                m = cqsnn.tile_size(layer, w, (images, *before), True)
                 if m:  # is summed as transformed
                     w = cqsnn.winograd_kernel(w, layer.stride, m).u
                 found.append(("sum", w.nbytes))

@@ -4,8 +4,8 @@
     python benchmarks/results.py                 # write benchmarks/results/README.md
 
 Kept: report.json and log.jsonl, snn.npz where it has at most 4 MiB (a digest of it otherwise),
-and latency.png. A run of --simulate is a line of a table of its own, and so is a comparison on
-held-out training images.
+and latency.png. A run of --simulate is a line of a table of its own, from report.json alone; so is
+a comparison on held-out training images, from report.json and log.jsonl.
 """
 
 import hashlib
@@ -38,8 +38,8 @@ def add(run, name):
     kept.mkdir(parents=True, exist_ok=True)
     held = json.loads((run / "report.json").read_text()).get("hold_out")
     trained = (run / "snn.npz").exists()  # else a run of --simulate, whose network is another's
-    files = ("report.json", "log.jsonl", "latency.png")
-    for file in files[: 1 + trained + (trained and not held)]:
+    files = ["report.json"] + ["log.jsonl"] * trained + ["latency.png"] * (trained and not held)
+    for file in files:
         shutil.copyfile(run / file, kept / file)
     if trained and not held:
         snn = (run / "snn.npz").read_bytes()
@@ -170,12 +170,12 @@ def seeds(found):
     """Return the lines of a table of the runs that differ by their seed alone: mean and range."""
     alike = {}
     for name, report in found.items():
-        words = re.sub(r" --(seed|schedule)( [^-]\S*)+", "", command(report))
-        alike.setdefault(words, []).append((name, report))
+        words = re.sub(r" --(seed|schedule)([ =][^-]\S*)+", "", command(report))
+        alike.setdefault(words, {}).setdefault(report["seed"], (name, report))
     lines = []
     for words, runs in alike.items():
-        names, reports = zip(*runs)
-        if len({report["seed"] for report in reports}) > 1:
+        names, reports = zip(*runs.values())
+        if len(runs) > 1:
             cells = [", ".join(names), f"`{words}`"]
             for kind in ("cq_accuracy", "integer_accuracy"):
                 values = [report[kind] for report in reports]

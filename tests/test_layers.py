@@ -142,10 +142,10 @@ def test_winograd_is_taken_where_it_pays_and_nowhere_else():
 
     def taken(layer, channels, *shape, training=False):
         w = np.zeros((layer.size, layer.size, channels, layer.channels))
-        return cqsnn.winograd_outputs_of(layer, w, (*shape, channels), training)
+        return cqsnn.tile_size(layer, w, (*shape, channels), training)
 
     three, four = cqsnn.Conv(128), cqsnn.Conv(128, 4, 2)
-    sizes = [(16, 8, 8), (15, 8, 8), (16, 8, 10), (8, 6, 6), (3, 8, 8)]
+    sizes = [(12, 8, 8), (11, 8, 8), (16, 8, 10), (8, 6, 6), (3, 8, 8)]
     assert [taken(three, 128, *size, training=True) for size in sizes] == [4, 2, 2, 2, 0]
     assert [taken(three, 128, *size) for size in sizes] == [2, 2, 2, 2, 0]
     assert taken(four, 32, 16, 16, 16, training=True) == 2
@@ -197,6 +197,14 @@ def test_an_error_in_any_item_is_raised_once_every_thread_is_at_rest(threads):
 def test_sums_over_shards_are_closed_in_shard_order():
     parts = [np.array(x) for x in (1.0, 1e16, -1e16, 3.0)]
     assert cqsnn.sum_over_shards(parts) == ((1.0 + 1e16) - 1e16) + 3.0 == 3.0
+    rng, n = np.random.default_rng(0), 2 * cqsnn.STRETCH + 1
+    large = [sign * 10.0**k * rng.random((n, 1)) for k in (0, 8, 16) for sign in (1, -1)]
+    total = np.zeros((n, 1))
+    for part in large:
+        total = total + part
+    for threads in (1, 2, 3):
+        assert (cqsnn.sum_over_shards(large, threads=threads) == total).all()
+    assert (total != sum(reversed(large))).any()
 
 
 @given(geometry)

@@ -178,7 +178,7 @@ import json, sys
 import numpy as np
 import cqsnn
 # shards of 8 and 9 images, 4 tiles in each image of the third layer: some would take Winograd's way
-cqsnn.WINOGRAD_CHANNELS, cqsnn.WINOGRAD_TILES = 4, 4 * 9
+cqsnn.WINOGRAD_CHANNELS, cqsnn.WINOGRAD_TILES = 4, {2: 4 * 9, 4: 9}
 net = cqsnn.with_dropout(cqsnn.network("4C3-4C3-A-4C3-T-FC"), 0.1)
 changes = {"smoothing": 0.1, "move": 1, "flip": True, "turn": 10.0, "noise": 0.02, "cutout": 2}
 recipe = cqsnn.Recipe("", 0, 1, 1, "muon", 0.1, 67, steps=8, levels=8, **changes)

@@ -524,10 +524,16 @@ def test_a_network_of_one_layer_has_no_spikes_to_count():
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("32C3-B-FC", "B"), ("0C3-FC", "0C3"), ("3C3", "3C3"), ("FC-A", "FC"), ("", ""), ("G-A", "G")],
+    [("32C3-B-FC", "B"), ("0C3-FC", "0C3"), ("3C3s2A-FC", "3C3s2A"), ("", ""), ("G-A", "G")],
 )
-def test_words_that_make_no_network_are_refused(text, word):
+def test_words_that_are_no_layer_are_refused(text, word):
     with pytest.raises(ValueError, match=f"network '{text}': '{word}', expected one of .* nCk"):
+        cqsnn.network(text)
+
+
+@pytest.mark.parametrize("text", ["3C3", "FC-A", "3C3-G-FC-A", "FC-FC"])
+def test_a_network_ends_with_its_only_dense_layer(text):
+    with pytest.raises(ValueError, match=f"network '{text}': expected FC or G-FC at its end"):
         cqsnn.network(text)
 
 

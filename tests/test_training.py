@@ -192,6 +192,7 @@ def test_network_input_is_what_the_spiking_network_will_get():
         ("lenet*", (28, 28, 1), 7, (2, 2, 128)),
         ("vgg*", (32, 32, 3), 7, (1, 1, 1024)),
         ("allconv", (32, 32, 3), 7, (4, 4, 256)),
+        ("wideconv", (32, 32, 3), 7, (4, 4, 384)),
         ("vgg11", (32, 32, 3), 8, (1, 1, 512)),
         ("vgg13", (32, 32, 3), 10, (1, 1, 512)),
         ("vgg16", (32, 32, 3), 13, (1, 1, 512)),
@@ -216,7 +217,7 @@ def test_networks_are_those_of_design(name, shape, convolutions, outputs):
         if layer.kind == "depthwise":
             assert (params[f"{i}.w"] == 1 / 4).all()
     channels = [shape[2], *(layer.channels for layer in net if layer.kind == "conv")]
-    kernels = [(f.size, f.size) for f in net if f.kind == "conv"]
+    kernels = [2 * (f.size - f.mean,) for f in net if f.kind == "conv"]
     found = [params[f"{i}.w"].shape for i, f in enumerate(net) if f.kind == "conv"]
     pairs = itertools.pairwise(channels)
     assert found == [(*k, *pair) for k, pair in zip(kernels, pairs, strict=True)]
