@@ -70,6 +70,7 @@ def command(report):
     options for what the data set's recipe said then and says no more."""
     text = re.sub(r" --(out|threads) \S+| --resume", "", report["command"])
     text = re.sub(r"--data-dir \S+", "--data-dir DIR", text)
+    text = re.sub(r" --schedule( [^-]\S*)+(?=.* --schedule)", "", text)  # the last one counts
     if "recipe" not in report:
         return text
     words = text.replace("python train_cq.py", "").split()
