@@ -1019,7 +1019,7 @@ _NAMED = {
 _NAMED["vgg19-tp"] = _NAMED["vgg19"].replace("A", "T")
 
 
-def network(text):
+def network(text, what="network"):
     """Return the network of a name, or of words: nCk a convolution, with sS and pP where stride or
     pad is not 1, and A behind it for the mean of 2x2 outputs before the norm; A average and T
     trainable pooling; FC last, G-FC on the mean over positions."""
@@ -1029,13 +1029,13 @@ def network(text):
         kernel = re.fullmatch(r"([1-9]\d{0,4})C([1-9]\d?)(?:s([1-9]\d?))?(?:p(\d\d?))?(A?)", word)
         if not (kernel or word in words) or (kernel and kernel[3] and kernel[5]):
             known = ", ".join([*_NAMED, "or nCk, nCkpP, nCksSpP, nCkA, nCkpPA, A, T, FC, G-FC"])
-            raise ValueError(f"network {text!r}: {word!r}, expected one of {known}")
+            raise ValueError(f"{what} {text!r}: {word!r}, expected one of {known}")
         if kernel:
             n, k, s, p = (int(number or 1) for number in kernel.groups()[:4])
             words[word] = Conv(n, k + 1, 2, p, mean=True) if kernel[5] else Conv(n, k, s, p)
         layers.append(words[word])
     if [layer.kind == "dense" for layer in layers] != [False] * (len(layers) - 1) + [True]:
-        raise ValueError(f"network {text!r}: expected FC or G-FC at its end and nowhere else")
+        raise ValueError(f"{what} {text!r}: expected FC or G-FC at its end and nowhere else")
     return tuple(layers)
 
 

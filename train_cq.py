@@ -746,7 +746,7 @@ def convert_other_encoding(args, report, convert, test):
 def train_and_convert(args):
     """The main job: both stages, conversion, all schedules."""
     recipe = chosen_recipe(args)
-    net = cqsnn.with_dropout(cqsnn.network(recipe.net), recipe.dropout)
+    net = cqsnn.with_dropout(cqsnn.network(recipe.net, "--net"), recipe.dropout)
     check_arguments(args, recipe.steps)
     xp, device = array_library(args.device, args.ranks.local)
     if args.tf32 and xp is np:

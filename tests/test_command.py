@@ -75,7 +75,7 @@ def quick(tmp_path_factory):
 # Bad input ----------------------------------------------------------------------------------------
 
 REFUSED = {
-    "network": (["--net", "resnet"], ["network", "'resnet'", "digits", "vgg19-tp", "nCk"]),
+    "network": (["--net", "resnet"], ["--net", "'resnet'", "digits", "vgg19-tp", "nCk"]),
     "data set": (["--dataset", "emnist"], ["--dataset", "'emnist'", "fashion-mnist", "cifar100"]),
     "schedule": (["--schedule", "soon"], ["schedule", "'soon'", "streaming", "synchronous"]),
     "a second schedule": (["--schedule", "1", "late"], ["'late'", "synchronous"]),

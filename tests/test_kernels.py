@@ -16,7 +16,7 @@ import train_cq
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
-NET = cqsnn.with_dropout(cqsnn.network("6C3-A-5C4s2-T-4C2p0A-FC"), 0.1)
+NET = cqsnn.with_dropout(cqsnn.network("6C3-A-5C4s2-T-4C2p0-3C3A-FC"), 0.1)
 SHAPE = (27, 25, 2)
 
 

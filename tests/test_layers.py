@@ -427,11 +427,14 @@ NET = (
     *(cqsnn.Conv(3), cqsnn.AvgPool(2), cqsnn.Conv(4, 3, 2, 1), cqsnn.Depthwise(2, 1)),
     *(cqsnn.Dense(5), cqsnn.Dense()),
 )
-MEAN_NET = cqsnn.network("3C3A-4C2p0-G-FC")
+MEAN_NET = cqsnn.network("3C3-A-4C2p0-GFC")
+MEANS_BEFORE_NORM = cqsnn.network("3C3A-4C2p0-G-FC")
 STRIDES = cqsnn.network("3C4s2-4C3-FC")
 
 
-@pytest.mark.parametrize("net", [NET, MEAN_NET, cqsnn.with_dropout(NET, 0.3), STRIDES])
+@pytest.mark.parametrize(
+    "net", [NET, MEAN_NET, MEANS_BEFORE_NORM, cqsnn.with_dropout(NET, 0.3), STRIDES]
+)
 @pytest.mark.parametrize("winograd", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "clamp"])
 @pytest.mark.parametrize("training", [True, False])
@@ -474,7 +477,7 @@ def loop_network(net, params, x, passed):
     return x
 
 
-@pytest.mark.parametrize("net", [NET, MEAN_NET, STRIDES])
+@pytest.mark.parametrize("net", [NET, MEAN_NET, MEANS_BEFORE_NORM, STRIDES])
 @pytest.mark.parametrize(("levels", "shift"), [(3, 0), (4, 0.5)])
 def test_law_1_straight_through_gradients_are_those_with_rounding_held_still(net, levels, shift):
     """Straight through the floor: the gradient of the network that adds to each clamp(u) what
@@ -553,7 +556,7 @@ def test_float32_stays_float32(activation):
     assert {a.dtype for a in arrays} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("net", [NET, MEAN_NET, cqsnn.network("T-3C3s2-A-FC")])
+@pytest.mark.parametrize("net", [NET, MEAN_NET, MEANS_BEFORE_NORM, cqsnn.network("T-3C3s2-A-FC")])
 def test_law_2_folding_changes_no_output(net):
     rng = np.random.default_rng(0)
     params, x = random_params(net, (9, 8, 2), rng), rng.uniform(size=(5, 9, 8, 2))

@@ -390,7 +390,7 @@ def random_cnn(words, shape, seed, spread=0.5):
     return net, params
 
 
-WORDS = ("3C3-A-4C3s2-FC", "3C2p0-T-GFC", "A-5C3-FC", "4C3A-T-A-GFC")
+WORDS = ("3C3-A-4C3s2-FC", "3C2p0-T-GFC", "A-5C3-FC", "4C3-T-A-GFC", "4C3A-FC")
 
 
 @given(
