@@ -1353,6 +1353,18 @@ def muon(params, grads, state, rate, threads=None, momentum=0.6, others_momentum
 OPTIMIZERS = {"adam": adam, "muon": muon}
 
 
+def limit_weights(net, params, most):
+    """Make gamma smaller, in place, where `fold` would now give a weight beyond `most` thresholds;
+    0 is no limit. The largest weight of a layer decides S and leaves the others few bits."""
+    for i, layer in enumerate(net):
+        if layer.norm and most:
+            w, gamma, var = (params[f"{i}.{name}"] for name in ("w", "gamma", "var"))
+            xp = array_module(w)
+            deviation = xp.sqrt(var + BATCH_NORM_EPS)
+            largest = abs(w).max(tuple(range(w.ndim - 1))) * abs(gamma) / deviation
+            gamma *= most / xp.maximum(largest, most)
+
+
 def rate_at(progress, peak, ramp=0.1):
     """Return the learning rate at `progress` (0 to 1) of a stage: up for a tenth, then to 0."""
     return peak * min(progress / ramp, (1 - progress) / (1 - ramp)) if progress < 1 else 0.0
@@ -1376,6 +1388,7 @@ class Recipe:
     turn: float = 0.0  # degrees, each way, by which images are turned at random
     noise: float = 0.0  # deviation of Gaussian noise on pixels, white is 1
     cutout: int = 0  # side of the square that is painted over, pixels
+    most_weight: float = 0.0  # the largest weight that conversion finds, in thresholds; 0: any
     whiten: bool = False  # the first convolution starts as what decorrelates patches of images
     encoding: str = "spikes"
     steps: int = 32
@@ -1514,6 +1527,7 @@ def train_epoch(
         del tape  # its memory serves the next batch
         rate = rate_at((epochs_done + start / n) / epochs, recipe.lr)
         OPTIMIZERS[recipe.optimizer](params, grads, state, rate, threads)
+        limit_weights(net, params, recipe.most_weight)
         loss += batch_loss * len(chosen)
         correct += (logits.argmax(1) == labels[chosen]).sum()
         progress(len(chosen))

@@ -99,6 +99,7 @@ REFUSED = {
     "smoothing": (["--smoothing", "1"], ["--smoothing", "1.0"]),
     "dropout": (["--dropout", "-0.1"], ["--dropout", "-0.1"]),
     "dropout 1": (["--dropout", "1"], ["--dropout", "1.0"]),
+    "most weight": (["--most-weight", "-1"], ["--most-weight", "-1.0", "expected 0 to 1000"]),
     "move": (["--move", "-1"], ["--move", "-1"]),
     "epochs": (["--clamp-epochs", "-1"], ["--clamp-epochs", "-1"]),
     "no epochs": (["--clamp-epochs", "0", "--quantize-epochs", "0"], ["epochs"]),

@@ -410,3 +410,47 @@ def test_whitening_kernels_decorrelate_patches_and_come_with_both_signs(shape):
     same = cqsnn.init_params(other, x.shape[1:], 2, np.random.default_rng(1))
     cqsnn.whiten(other, same, x)
     assert all((a == same[k]).all() for k, a in same.items())
+
+
+@pytest.mark.parametrize("most", [0.05, 1.0])
+def test_limit_weights_keeps_folded_weights_within_it_and_touches_no_others(most):
+    net, rng = cqsnn.network("6C3-A-4C1-A-FC"), np.random.default_rng(0)
+    params = cqsnn.init_params(net, (8, 8, 2), 3, rng)
+    for i in (0, 2):
+        params[f"{i}.gamma"] *= rng.uniform(-3, 3, params[f"{i}.gamma"].shape).astype(np.float32)
+        params[f"{i}.var"] *= rng.uniform(0.01, 2, params[f"{i}.var"].shape).astype(np.float32)
+    before = {k: a.copy() for k, a in params.items()}
+    folded = cqsnn.fold(net, params, (8, 8, 2))
+    cqsnn.limit_weights(net, params, 0.0)
+    assert all((params[k] == a).all() for k, a in before.items())
+    cqsnn.limit_weights(net, params, most)
+    limited = cqsnn.fold(net, params, (8, 8, 2))
+    assert all((params[k] == a).all() for k, a in before.items() if not k.endswith("gamma"))
+    seen = []
+    for i in (0, 2):
+        old, new = (np.abs(f[i][0]).max((0, 1, 2)) for f in (folded, limited))
+        seen += [*(old > most)]
+        # gamma is float32: products of it are within a few units of 2**-24
+        np.testing.assert_allclose(new, np.minimum(old, most), rtol=1e-6)
+        inside = old < most * (1 - 1e-6)
+        gammas = params[f"{i}.gamma"], before[f"{i}.gamma"]
+        assert (gammas[0][inside] == gammas[1][inside]).all()
+        assert (np.sign(gammas[0]) == np.sign(gammas[1])).all()
+    assert any(seen)
+
+
+def test_training_keeps_weights_within_the_limit_of_the_recipe():
+    rng = np.random.default_rng(0)
+    net = cqsnn.network("6C3-A-FC")
+    images = rng.integers(256, size=(64, 8, 8, 1), dtype=np.uint8)
+    labels = rng.integers(3, size=64)
+    largest = {}
+    for most in (0.0, 0.25):
+        recipe = cqsnn.Recipe("6C3-A-FC", 0, 1, 1, "muon", 0.1, 16, most_weight=most)
+        params = cqsnn.init_params(net, (8, 8, 1), 3, np.random.default_rng(1))
+        for epoch in range(2):
+            work = net, params, {}, images, labels, recipe, 0, epoch, lambda n: None
+            cqsnn.train_epoch(*work)
+        largest[most] = np.abs(cqsnn.fold(net, params, (8, 8, 1))[0][0]).max()
+    assert largest[0.0] > 0.3
+    assert largest[0.25] <= 0.25 * (1 + 1e-6)
