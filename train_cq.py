@@ -289,7 +289,7 @@ def previous_run(folder, settings, expected, epochs, resume):
     kinds = {"settings": dict, "epoch": int, "log": list}
     if not isinstance(meta, dict) or any(type(meta.get(k)) is not v for k, v in kinds.items()):
         raise ValueError(f"{path}: not a whole checkpoint: no settings, epoch or log in meta")
-    theirs = meta["settings"]
+    theirs = asdict(Recipe("")) | meta["settings"]  # an older version has fewer
     for name in settings | theirs:
         if settings.get(name) != theirs.get(name):
             wrong = f"{folder}: holds a run with {name} {theirs.get(name)}"

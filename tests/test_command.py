@@ -245,6 +245,20 @@ OTHER_SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("most, refused", [("0", False), ("1", True)])
+def test_checkpoint_of_an_older_version_means_what_that_version_did(most, refused, quick, tmp_path):
+    """Before --most-weight weights had no limit: its settings do not hold one."""
+    params, state, meta = cqsnn.load_model(quick / "run" / "model.npz")
+    del meta["settings"]["most_weight"]
+    (tmp_path / "run").mkdir()
+    cqsnn.save_model(tmp_path / "run" / "model.npz", params, state, meta)
+    done = train_cq(tmp_path, *QUICK, "--most-weight", most, "--out", "run", "--resume")
+    if refused:
+        assert_refused(done, "run", "most_weight 0.0", "1.0")
+    else:
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name, arguments", OTHER_SETTINGS.items(), ids=OTHER_SETTINGS)
 def test_resume_with_other_settings_is_refused(name, arguments, quick):
     before = (quick / "run" / "model.npz").read_bytes()

@@ -98,6 +98,16 @@ MUTATIONS = {
         'with _blas().limit(limits=2, user_api="blas"):',
         "tests/test_training.py",
     ),
+    "train without the limit of weights": (
+        "limit_weights(net, params, recipe.most_weight)",
+        "limit_weights(net, params, 0.0)",
+        "tests/test_training.py",
+    ),
+    "limit weights before batch normalisation": (
+        "* abs(gamma) / deviation",
+        "* abs(gamma)",
+        "tests/test_training.py",
+    ),
 }
 
 
