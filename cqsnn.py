@@ -1354,8 +1354,8 @@ OPTIMIZERS = {"adam": adam, "muon": muon}
 
 
 def limit_weights(net, params, most):
-    """Make gamma smaller, in place, where `fold` would now give a weight beyond `most` thresholds;
-    0 is no limit. The largest weight of a layer decides S and leaves the others few bits."""
+    """Make gamma smaller, in place, where w gamma / sqrt(var + eps), see `fold`, passes `most`
+    thresholds; 0 is no limit. A layer's largest weight decides S and leaves the others few bits."""
     for i, layer in enumerate(net):
         if layer.norm and most:
             w, gamma, var = (params[f"{i}.{name}"] for name in ("w", "gamma", "var"))
@@ -1388,7 +1388,7 @@ class Recipe:
     turn: float = 0.0  # degrees, each way, by which images are turned at random
     noise: float = 0.0  # deviation of Gaussian noise on pixels, white is 1
     cutout: int = 0  # side of the square that is painted over, pixels
-    most_weight: float = 0.0  # the largest weight that conversion finds, in thresholds; 0: any
+    most_weight: float = 0.0  # of weights by running statistics, in thresholds; 0: no limit
     whiten: bool = False  # the first convolution starts as what decorrelates patches of images
     encoding: str = "spikes"
     steps: int = 32

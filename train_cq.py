@@ -124,7 +124,7 @@ def add_recipe_options(p):
     p.add_argument("--turn", type=float, metavar="X", help="turn them by up to X degrees")
     p.add_argument("--noise", type=float, metavar="X", help="add Gaussian noise, white is 1")
     p.add_argument("--cutout", type=int, metavar="N", help="paint over a square of NxN pixels")
-    text = "keep weights within X thresholds, so that few bits do (0: any)"
+    text = "keep weights within X thresholds in training, so that few bits do (0: any)"
     p.add_argument("--most-weight", type=float, metavar="X", help=text)
     text = "let the first convolution start as what decorrelates patches of images"
     p.add_argument("--whiten", action=argparse.BooleanOptionalAction, help=text)
@@ -153,10 +153,10 @@ def chosen_recipe(args):
     for name in ("smoothing", "dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"--{name}: {getattr(recipe, name)}, expected 0 to below 1")
-    for name, high in (("turn", 180), ("noise", 1), ("most_weight", 1000)):
-        if not 0 <= getattr(recipe, name) <= high:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option}: {getattr(recipe, name)}, expected 0 to {high}")
+    for name, high in (("turn", 180), ("noise", 1), ("most-weight", 1000)):
+        value = getattr(recipe, name.replace("-", "_"))
+        if not 0 <= value <= high:
+            raise ValueError(f"--{name}: {value}, expected 0 to {high}")
     if not 0 < recipe.lr < float("inf"):
         raise ValueError(f"--lr: {recipe.lr}, expected more than 0")
     if not recipe.stages:
