@@ -124,17 +124,17 @@ def shards(n):
     return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
-_workers = functools.cache(ThreadPoolExecutor)  # both made when first needed
+_worker = functools.cache(lambda number: ThreadPoolExecutor(1))  # both made when first needed
 _blas = functools.cache(threadpoolctl.ThreadpoolController)
 
 
 def keep_freed_memory():
-    """Let glibc's malloc keep what is freed for the next arrays, rather than hand its pages back
-    and fault them in anew at every step: 10 % of one of `lenet*`. Of no effect elsewhere."""
+    """Let glibc's malloc keep what is freed for the next arrays of the same core, rather than hand
+    its pages back and fault them in anew: 10 % of a step of `lenet*`. Of no effect elsewhere."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((-1, -1), (-4, 0), (-8, 1)):  # trim never; no mmap; one arena
-            mallopt(parameter, value)
+        # trim never; grow by so much that no heap is dropped; no mmap; a heap for each core
+        for parameter, value in ((-1, -1), (-2, 2**26), (-4, 0), (-8, CORES)):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def one_blas_thread(f):
@@ -155,22 +155,24 @@ def one_blas_thread(f):
 @one_blas_thread
 def over_shards(f, *lists, threads=None):
     """Return [f(*items) for items in zip(*lists)], several at once on a CPU: NumPy and BLAS let go
-    of the interpreter lock, so threads, the calling one too, take the next item by turns."""
-    items = list(zip(*lists))
-    threads = threads or CORES
-    if threads == 1 or len(items) == 1 or array_module(lists[0][0]) is not np:
+    of the interpreter lock. A thread, the calling one too, begins with the same items each time,
+    which its core's cache may still hold, and ends with what others have not begun."""
+    items, n = list(zip(*lists)), len(lists[0])
+    threads = min(threads or CORES, n)
+    if threads == 1 or array_module(lists[0][0]) is not np:
         return [f(*item) for item in items]
-    results, numbers = [None] * len(items), itertools.count()
+    results, taken = [None] * n, [itertools.count() for _ in items]
 
-    def work():
-        while (k := next(numbers)) < len(items):
-            results[k] = f(*items[k])
+    def work(first):
+        for k in (*range(first, n), *range(first)):
+            if next(taken[k]) == 0:
+                results[k] = f(*items[k])
 
-    others = [_workers(threads).submit(work) for _ in range(min(threads, len(items)) - 1)]
+    others = [_worker(t).submit(work, n * t // threads) for t in range(1, threads)]
     try:
-        work()
+        work(0)
     finally:
-        numbers = itertools.count(len(items))  # after an error nothing more begins
+        taken = [itertools.count(1)] * n  # after an error nothing more begins
         begun = [other for other in others if not other.cancel()]
         wait(begun)
     for other in begun:
