@@ -1096,8 +1096,8 @@ def whiten(net, params, x):
     """Let a first convolution start as what decorrelates its K x K patches of images x (N, H, W, C)
     in [0, 1]: the eigenvectors of their covariance, largest eigenvalue first, each divided by the
     root of it and with both signs, for as many channels as there are; in place on params. Returns
-    params; those of a network that begins otherwise stay as they are."""
-    if net[0].kind != "conv":
+    params; those of a network that begins otherwise, or whose K x K no image holds, stay."""
+    if net[0].kind != "conv" or net[0].size > min(x.shape[1:3]):
         return params
     xp, w, count, total, square = array_module(x), params["0.w"], 0, 0, 0
     for _, rows in column_blocks(x, len(w), 1, 0, x.dtype):

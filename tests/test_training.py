@@ -389,6 +389,14 @@ def test_blas_keeps_to_one_thread_while_shards_are_worked():
         assert set(blas_threads(None)) == {2}  # and is given back
 
 
+def test_a_first_kernel_larger_than_the_images_is_not_whitened():
+    net, rng = cqsnn.network("4C9-FC"), np.random.default_rng(0)
+    params = cqsnn.init_params(net, (8, 8, 1), 2, rng)
+    before = params["0.w"].copy()
+    cqsnn.whiten(net, params, rng.random((5, 8, 8, 1), np.float32))
+    assert (params["0.w"] == before).all()
+
+
 @pytest.mark.parametrize("shape", [(6, 3), (16, 1)])
 def test_whitening_kernels_decorrelate_patches_and_come_with_both_signs(shape):
     """Of images whose neighbours and colours go together, as those of photographs do."""
