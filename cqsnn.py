@@ -1356,8 +1356,8 @@ OPTIMIZERS = {"adam": adam, "muon": muon}
 
 
 def limit_weights(net, params, most):
-    """Make gamma smaller, in place, where w gamma / sqrt(var + eps), see `fold`, passes `most`
-    thresholds; 0 is no limit. A layer's largest weight decides S and leaves the others few bits."""
+    """Make gamma smaller, in place, where w gamma / sqrt(var + eps) passes `most` thresholds; 0: no
+    limit. The largest weight decides S. A layer with a mean spreads w out: `fold` finds half."""
     for i, layer in enumerate(net):
         if layer.norm and most:
             w, gamma, var = (params[f"{i}.{name}"] for name in ("w", "gamma", "var"))
@@ -1852,7 +1852,7 @@ class Sums:
         self.w = xp.asarray(layer.w, carrier)
         whole = max(largest, int(abs(layer.w).max()) // unit) <= HALF_WHOLE
         if xp is not np and whole and layer.kind != "depthwise" and carrier is np.float32:
-            self.w = xp.asarray(layer.w // unit, np.float16)
+            self.w = xp.asarray(np.ascontiguousarray(layer.w // unit), np.float16)
 
     def products(self, x):
         """Return w . x, whole numbers carried by floats, for x (N, ...)."""

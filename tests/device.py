@@ -222,7 +222,7 @@ class Module(types.ModuleType):
 
     @staticmethod
     def asarray(a, dtype=None):
-        return wrapped(np.array(a if isinstance(a, Device) else np.asarray(a), dtype, order="C"))
+        return wrapped(np.array(a if isinstance(a, Device) else np.asarray(a), dtype, order="K"))
 
     array = asarray
 

@@ -266,3 +266,17 @@ def test_tf32_is_for_training_on_a_gpu_alone(tmp_path, capsys):
         assert {kind for _, kind in device.Counted.tf32[1:]} == {"float32"}  # simulation
         assert train_cq.main([*quick, "--device", "gpu", "--resume"]) == 2
     assert "holds a run with tf32 True, found None" in capsys.readouterr().err
+
+
+def test_weights_that_lie_column_by_column_give_the_same_sums_on_a_device(tmp_path):
+    """As another program writes them: the transpose of its own (outputs, inputs)."""
+    net, rng = cqsnn.network("FC"), np.random.default_rng(0)
+    params = cqsnn.init_params(net, (3, 3, 2), 5, rng)
+    params["0.w"] = np.asfortranarray(params["0.w"])
+    cqsnn.save_snn(tmp_path / "snn.npz", cqsnn.convert(net, params, (3, 3, 2), 4))
+    snn = cqsnn.load_snn(tmp_path / "snn.npz")
+    assert not snn.layers[0].w.flags.c_contiguous
+    k0 = rng.integers(0, 5, (6, 3, 3, 2))
+    with installed():
+        theirs = cqsnn.simulate(snn, device.wrapped(k0.copy())).logits
+    same_bits(cqsnn.simulate(snn, k0).logits, theirs)
