@@ -1357,7 +1357,7 @@ OPTIMIZERS = {"adam": adam, "muon": muon}
 
 def limit_weights(net, params, most):
     """Make gamma smaller, in place, where w gamma / sqrt(var + eps) passes `most` thresholds; 0: no
-    limit. The largest weight decides S. A layer with a mean spreads w out: `fold` finds half."""
+    limit. The largest weight decides S. One with a mean applies means of w, smaller ones."""
     for i, layer in enumerate(net):
         if layer.norm and most:
             w, gamma, var = (params[f"{i}.{name}"] for name in ("w", "gamma", "var"))
