@@ -1097,7 +1097,7 @@ def whiten(net, params, x):
     in [0, 1]: the eigenvectors of their covariance, largest eigenvalue first, each divided by the
     root of it and with both signs, for as many channels as there are; in place on params. Returns
     params; those of a network that begins otherwise, or whose K x K no image holds, stay."""
-    if net[0].kind != "conv" or net[0].size > min(x.shape[1:3]):
+    if net[0].kind != "conv" or len(params["0.w"]) > min(x.shape[1:3]):
         return params
     xp, w, count, total, square = array_module(x), params["0.w"], 0, 0, 0
     for _, rows in column_blocks(x, len(w), 1, 0, x.dtype):
@@ -1357,7 +1357,7 @@ OPTIMIZERS = {"adam": adam, "muon": muon}
 
 def limit_weights(net, params, most):
     """Make gamma smaller, in place, where w gamma / sqrt(var + eps) passes `most` thresholds; 0: no
-    limit. The largest weight decides S. One with a mean applies means of w, smaller ones."""
+    limit. The largest weight decides S. A layer with a mean applies means of w: smaller."""
     for i, layer in enumerate(net):
         if layer.norm and most:
             w, gamma, var = (params[f"{i}.{name}"] for name in ("w", "gamma", "var"))
