@@ -49,6 +49,7 @@ import pickletools
 import re
 import sys
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -126,6 +127,8 @@ def shards(n):
 
 _worker = functools.cache(lambda number: ThreadPoolExecutor(1))  # both made when first needed
 _blas = functools.cache(threadpoolctl.ThreadpoolController)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_worker.cache_clear)  # threads do not come along
 
 
 def keep_freed_memory():
@@ -137,19 +140,33 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def one_blas_thread(f):
-    """Let BLAS keep to one thread while f runs. Its own splitting would change the bits, and its
-    threads, which go on spinning when their work is over, would take the cores from ours."""
+class OneBlasThread(contextlib.ContextDecorator):
+    """Let BLAS keep to one thread while a function runs. Its own splitting would change the bits,
+    and its threads, which go on spinning when their work is over, would take the cores from ours.
+    A process has one limit: its first thread to come sets it, the last one to leave restores it."""
 
-    @functools.wraps(f)
-    def alone(*arguments, **named):
-        libraries = _blas().lib_controllers
-        if all(each.num_threads == 1 for each in libraries if each.user_api == "blas"):
-            return f(*arguments, **named)
-        with _blas().limit(limits=1, user_api="blas"):
-            return f(*arguments, **named)
+    lock, users = threading.Lock(), 0
+    # newer versions of threadpoolctl obey one thread alone until they are told to forget it
+    forget = getattr(
+        threadpoolctl.OpenBLASController, "clear_controlling_thread", lambda *_, **how: 0
+    )
 
-    return alone
+    def __enter__(self):
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.forget(force=True)
+                self.limit = _blas().limit(limits=1, user_api="blas")
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self.forget(force=True)
+                self.limit.restore_original_limits()
+
+
+one_blas_thread = OneBlasThread()
 
 
 @one_blas_thread
@@ -168,8 +185,11 @@ def over_shards(f, *lists, threads=None):
             if next(taken[k]) == 0:
                 results[k] = f(*items[k])
 
-    others = [_worker(t).submit(work, n * t // threads) for t in range(1, threads)]
+    others = []
     try:
+        with contextlib.suppress(RuntimeError):  # no thread can be had: then we do it all
+            for t in range(1, threads):
+                others.append(_worker(t).submit(work, n * t // threads))
         work(0)
     finally:
         taken = [itertools.count(1)] * n  # after an error nothing more begins
@@ -1184,7 +1204,10 @@ def outputs(layer, how, unit, norm, z, seed):
     if layer.kind != "pool":
         z, inside = activate(z, *how, norm)
     elif activation == "quantize":
-        z = array_module(z).floor(z * (levels / unit) + shift)
+        # pixels are rounded to floats: a first layer's mean is off by less than this, and a true
+        # one, a multiple of 1/T or 1/255 over K*K, below the next level by more
+        off = (layer.size**2 + 4) * 2**-24 * levels if unit == 1 else 0
+        z = array_module(z).floor(z * (levels / unit) + (shift + off))
     if seed is not None:
         z, kept = dropout(z, layer.dropout, seed)
     return z, inside, kept
@@ -1475,6 +1498,8 @@ def mirrored_images(n, seed, epoch):
 
 def encode(pixels, steps):
     """Return the spikes that each pixel (uint8) emits in `steps` steps: floor(p * T / 255)."""
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"pixels: {pixels.dtype}, expected uint8")
     table = np.arange(256, dtype=np.int64) * steps // 255
     return array_module(pixels).asarray(table.astype(integer_dtype(steps)))[pixels]
 
@@ -1662,7 +1687,7 @@ def weight_scale(w, bits, where, channels=False):
     peak = float(largest[worst])
     if not math.isfinite(peak):
         raise ValueError(f"{where}: channel {worst} has the weight {peak}, expected finite ones")
-    scale = math.floor(top / peak) if peak > 0 else top
+    scale = math.floor(top / peak) if peak > 0 and top / peak < math.inf else top
     found = f"{where}: channel {worst} has the outsize weight {peak:.4g}"
     if scale < 1:
         raise ValueError(f"{found}, expected at most {top} for {bits} bits")
@@ -1712,11 +1737,15 @@ def convert(
     check_choice("encoding", encoding, ("spikes", "direct"))
     check_range("weight_bits", weight_bits, 2, 16)
     check_range("steps", steps, 1, 2**31 - 1)
+    if shift not in (0, 0.5):
+        raise ValueError(f"shift: {shift}, expected 0 or 0.5")
     last, folded, scales = len(net) - 1, fold(net, params, shape), []
     for i, (layer, wb) in enumerate(zip(net, folded)):
         where = f"layer {i} ({layer.kind})"
         channels = channel_scales and i < last
         scales.append(None if wb is None else weight_scale(wb[0], weight_bits, where, channels))
+        if wb is not None and not np.isfinite(wb[1]).all():
+            raise ValueError(f"{where}: a bias of {wb[1].sum()}, expected finite ones")
     for unit in (16, 8, 4, 2, 1):
         layers = []
         for i, parts in enumerate(zip(net, folded, scales)):
@@ -1729,7 +1758,7 @@ def convert(
         wrong = f"layer {too_large}: its weights are too small beside its bias and threshold 1"
         raise ValueError(f"{wrong}: at {weight_bits} bits these pass 2**31, expected less")
     classes = len(params[f"{last}.b"])
-    whole = int(steps), tuple(shape), classes, int(weight_bits), unit
+    whole = int(steps), tuple(map(int, shape)), classes, int(weight_bits), unit
     return SpikingNetwork(*whole, encoding, tuple(layers))
 
 
@@ -2033,7 +2062,7 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     """Simulate the SNN spike by spike for T = snn.steps steps; return a Run.
     k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
     "direct". Time runs in chunks and images in blocks of `batch`, one block a thread; neither
-    changes any bit, and memory does not grow with T (but for what `record` keeps)."""
+    changes any bit. Memory grows with T by logits_over_time, and what `record` keeps, alone."""
     check_input(snn, k0)
     delay = delay_of(schedule, snn.steps)
     xp = array_module(k0)
@@ -2177,7 +2206,7 @@ def evaluate(
         k0, truth = predicted(snn, images[start : start + batch]), labels[start : start + batch]
         reference = integer_forward(snn, k0, threads)
         correct += int((reference.logits.argmax(1) == truth).sum())
-        for schedule in schedules:
+        for schedule in rows:
             began = time.perf_counter()
             run = simulate(snn, k0, schedule, threads=threads)
             right = to_host((run.logits_over_time.argmax(2) == truth).sum(1))
@@ -2298,7 +2327,7 @@ def certify(snn, schedule="streaming"):
     for i, (layer, shape) in enumerate(zip(snn.layers, snn.shapes[1:])):
         largest = snn.largest_input(i)
         bound = largest_sum(layer, largest, 1)
-        integer_dtype(steps * bound)  # or whole numbers of 64 bits would not hold what follows
+        exact_dtype(steps * bound)  # or floats would not hold what follows
         w = np.ones(()) if layer.w is None else layer.w.astype(np.float64)
 
         def sums(x, sign, layer=layer, shape=shape, w=w):
@@ -2309,7 +2338,8 @@ def certify(snn, schedule="streaming"):
         b = 0 if layer.b is None else layer.b.astype(np.int64)
         lowest, highest = b - sums(white, -1), b + sums(white, 1)
         early = late = np.zeros(shape, np.int64)
-        if layer.fires and not (i == 0 and snn.encoding == "direct"):  # constant: law 4
+        constant = i == 0 and snn.encoding == "direct" and layer.v0.min() >= 0  # law 4
+        if layer.fires and not (constant and (layer.v0 < layer.theta).all()):
             early, late = count_errors(layer, lowest, highest, steps, delay)
         more = sums(early_in_all, 1) + sums(late_in_all, -1)
         less = sums(late_in_all, 1) + sums(early_in_all, -1)
@@ -2384,7 +2414,10 @@ def write_file(path, write):
     """Let write(file) fill a binary file that appears at `path` only when it is whole.
     It is written under another name beside it, flushed to the disk and renamed."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = path.resolve() if path.is_symlink() else path  # what a link points to changes
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: no plain file, expected one or a new name")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with open(partial, "w+b") as file:  # h5py, below a NIR file, reads what it writes
             write(file)
@@ -2396,7 +2429,8 @@ def write_file(path, write):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide the error
+            partial.unlink()
 
 
 LARGEST_FILE = 2**31  # bytes that a file may unpack to: no more is read of any

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -74,7 +75,7 @@ def parser():
     add_recipe_options(p.add_argument_group("recipe: instead of the data set's own"))
     snn = p.add_argument_group("spiking network")
     text = "2 to 16 (default: 8); with several, a table"
-    snn.add_argument("--weight-bits", type=int, nargs="+", default=[8], metavar="B", help=text)
+    snn.add_argument("--weight-bits", type=int, nargs="+", metavar="B", help=text)
     text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
     snn.add_argument("--channel-scales", action="store_true", help=text)
     text = "streaming, synchronous or a delay of 0 to T steps a layer"
@@ -167,6 +168,7 @@ def chosen_recipe(args):
 def check_arguments(args, steps):
     """Raise ValueError for what the recipe does not hold; choose the schedules if need be."""
     cqsnn.check_choice("--device", args.device, ("auto", "cpu", "gpu"))
+    args.weight_bits = args.weight_bits or [8]
     for bits in args.weight_bits:
         cqsnn.check_range("--weight-bits", bits, 2, 16)
     cqsnn.check_range("--seed", args.seed, 0, 2**63 - 1)
@@ -174,7 +176,11 @@ def check_arguments(args, steps):
         if getattr(args, name) is not None:
             cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
     if args.schedule is None:
-        every = ["streaming"] if args.record else DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
+        every = (
+            ["streaming"]
+            if args.record is not None
+            else DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
+        )
         args.schedule = [s for s in every if not s.isdecimal() or int(s) <= steps]
     for schedule in args.schedule:
         cqsnn.delay_of(schedule, steps)
@@ -270,11 +276,15 @@ def write_json(path, *items):
 
 
 def check_shapes(where, found, expected):
-    """Raise ValueError unless arrays have the names and shapes of others."""
+    """Raise ValueError unless arrays have the names, shapes and types of others."""
     for name in expected | found:
-        shape, wanted = (getattr(arrays.get(name), "shape", None) for arrays in (found, expected))
-        if shape != wanted:
-            raise ValueError(f"{where}: array {name}: shape {shape}, expected {wanted}")
+        both = (arrays.get(name) for arrays in (found, expected))
+        ours, wanted = ("none" if a is None else f"shape {a.shape} {a.dtype}" for a in both)
+        if ours != wanted:
+            raise ValueError(f"{where}: array {name}: {ours}, expected {wanted}")
+
+
+LOG_KEYS = {"epoch", "stage", "loss", "train_accuracy", "test_accuracy", "seconds"}
 
 
 def previous_run(folder, settings, expected, epochs, resume):
@@ -282,8 +292,6 @@ def previous_run(folder, settings, expected, epochs, resume):
     Raises ValueError rather than overwrite another run or one that is not over."""
     path = folder / "model.npz"
     if not path.exists():
-        if resume:
-            raise ValueError(f"--resume: {path}: no such file, expected a run to go on with")
         return None
     params, state, meta = cqsnn.load_model(path)
     kinds = {"settings": dict, "epoch": int, "log": list}
@@ -298,9 +306,14 @@ def previous_run(folder, settings, expected, epochs, resume):
     if not resume and meta["epoch"] < epochs:
         wrong = f"{folder}: holds a run after epoch {meta['epoch']} of {epochs}"
         raise ValueError(f"{wrong}; expected --resume to go on with it, or another --out")
+    lines = [line for line in meta["log"] if isinstance(line, dict) and line.keys() >= LOG_KEYS]
+    if not len(meta["log"]) == len(lines) == meta["epoch"] <= epochs:
+        wrong = f"{path}: after epoch {meta['epoch']} with {len(lines)} whole lines of log"
+        raise ValueError(f"{wrong}, expected as many, up to {epochs}")
     check_shapes(path, params, expected)
-    momenta = {name: array for name, array in state.items() if name != "step"}
-    check_shapes(path, momenta, {n: expected.get(n.partition(".")[2], n) for n in momenta})
+    of_state = {f"{m}.{name}": array for name, array in expected.items() for m in "mv"}
+    of_state["step"] = np.zeros((), np.int64)
+    check_shapes(path, state, {name: of_state.get(name) for name in state})
     return (params, state, meta) if resume else None
 
 
@@ -348,15 +361,17 @@ def begin(args, recipe, net, folder, images, xp):
     classes, epochs = cqsnn.DATASETS[args.dataset].classes, sum(n for _, n in recipe.stages)
     shape, names = images.shape[1:], ("dataset", "seed", "limit", "hold_out", "init")
     settings = {name: getattr(args, name) for name in names} | asdict(recipe)
+    settings["init"] = args.init and os.path.normpath(args.init)
     settings |= {"tf32": True} if args.tf32 else {}  # all that decides the bits of a run
     params = cqsnn.init_params(net, shape, classes, np.random.default_rng(args.seed))
     if recipe.whiten:
         few = cqsnn.network_input(cqsnn.to_host(images[:5000]), recipe.steps, recipe.encoding)
         cqsnn.whiten(net, params, few)
-    if args.init is not None:
+    new = {}, {"settings": settings, "epoch": 0, "log": []}
+    previous = previous_run(folder, settings, params, epochs, args.resume)
+    if args.init is not None and previous is None:
         params = initial_params(args.init, net, shape, classes, params)
-    new = params, {}, {"settings": settings, "epoch": 0, "log": []}
-    params, state, meta = previous_run(folder, settings, params, epochs, args.resume) or new
+    params, state, meta = previous or (params, *new)
     # Adam reads its step number at every step: that stays on the host
     state = {k: a if k == "step" else xp.asarray(a) for k, a in state.items()}
     return {k: xp.asarray(a) for k, a in params.items()}, state, meta
@@ -367,6 +382,7 @@ def train(args, recipe, net, folder, data, xp):
     (images, labels), test = data
     epochs = sum(n for _, n in recipe.stages)
     params, state, meta = begin(args, recipe, net, folder, images, xp)
+    args.begun = args.resume  # whether a checkpoint of this run is there
     if args.tf32:
         cqsnn.use_tf32(True)  # until a network of whole numbers forbids it
     ahead = forecast(args, recipe, net, params, data, epochs - meta["epoch"])
@@ -386,6 +402,7 @@ def train(args, recipe, net, folder, data, xp):
         if args.ranks.rank == 0:
             cqsnn.save_model(folder / "model.npz", params, state, meta)
             write_json(folder / "log.jsonl", *meta["log"])
+        args.begun = True
         print(
             f"epoch {epoch + 1:3}/{epochs}  {activation:8}  loss {loss:6.4f}  train {right:.4f}  "
             f"test {tested:.4f}  {len(images) / seconds:6.0f} images/s",
@@ -479,22 +496,24 @@ def draw(folder, report, log, snn, sample, threads):
         first = cqsnn.simulate(snn, k0[:1], record=True, threads=threads)
         pictures["raster"] = draw_raster, snn, first
     pictures["weights"] = draw_weights, snn
-    save_pictures(folder, pictures)
+    return save_pictures(folder, pictures)
 
 
 def save_pictures(folder, pictures):
-    """Draw pictures, name: (function, what it draws), into a folder as NAME.png."""
+    """Draw pictures, name: (function, what it draws), into a folder as NAME.png; return the names
+    of those that could be drawn."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     try:
         from matplotlib import pyplot
     except ImportError:
         print("pictures are left out: matplotlib is not installed")
-        return
+        return []
     for name, (picture, *what) in pictures.items():
         figure = picture(pyplot, *what)
         save = functools.partial(figure.savefig, format="png", dpi=150)
         cqsnn.write_file(folder / f"{name}.png", save)
         pyplot.close(figure)
+    return [f"{name}.png" for name in pictures]
 
 
 def schedule_label(name):
@@ -694,15 +713,21 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def convert_and_report(args, recipe, net, params, meta, folder, data, device):
-    """Convert to every width, simulate, write snn.npz, report.json and the pictures."""
-    (images, _), test = data
-    report = {
-        "command": " ".join(["python train_cq.py", *args.command]),
+def begun_report(args, device):
+    """Return what every report says: the command, as a shell takes it, and where and when."""
+    return {
+        "command": shlex.join(["python", "train_cq.py", *args.command]),
         "versions": VERSIONS,
         "device": device,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **{n: getattr(args, n) for n in ("seed", "dataset", "hold_out", "limit")},
+    }
+
+
+def convert_and_report(args, recipe, net, params, meta, folder, data, device):
+    """Convert to every width, then simulate; write snn.npz, log, report.json and the pictures."""
+    (images, _), test = data
+    report = begun_report(args, device) | {
         **{n: getattr(recipe, n) for n in ("net", "encoding", "levels", "shift", "steps")},
         "recipe": asdict(recipe),
         "epochs": dict(recipe.stages),
@@ -711,37 +736,43 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
     report |= stage_accuracies(args, recipe, net, params, meta["log"], test)
     how = {"shift": recipe.shift, "channel_scales": args.channel_scales}
     convert = functools.partial(cqsnn.convert, net, params, test[0].shape[1:], recipe.steps, **how)
-    rows, seconds = [], {"train": sum(line["seconds"] for line in meta["log"])}
-    for bits in dict.fromkeys(args.weight_bits):
-        began = time.perf_counter()
-        snn = convert(bits, encoding=recipe.encoding)
-        seconds["convert"] = time.perf_counter() - began
-        row = {"weight_bits": bits} | simulate(args, snn, test, brief=bool(rows))
+    rows, began, every = [], time.perf_counter(), dict.fromkeys(args.weight_bits)
+    networks = [convert(bits, encoding=recipe.encoding) for bits in every]
+    seconds = {"convert": (time.perf_counter() - began) / len(networks)}
+    seconds["train"] = sum(line["seconds"] for line in meta["log"])
+    if args.ranks.rank == 0:
+        cqsnn.save_snn(folder / "snn.npz", networks[0])
+        write_json(folder / "log.jsonl", *meta["log"])  # a kill may have come before the last one
+    for snn in networks:
+        row = {"weight_bits": snn.weight_bits} | simulate(args, snn, test, brief=bool(rows))
         row |= {"seconds": seconds | row["seconds"], "scales": cqsnn.scales(net, params, snn)}
         if recipe.levels == recipe.steps:
             row["moved_levels"] = cqsnn.moved_levels(net, params, snn, test[0], recipe, **args.how)
         if not rows:
             print_result(args.dataset, snn, report | row)
-        if not rows and args.ranks.rank == 0:
-            cqsnn.save_snn(folder / "snn.npz", snn)
         rows.append(row)
     report |= rows[0] | {"bits": rows}
-    trained = len(images) * sum(report["epochs"].values())  # forward, and backward twice that
-    report["pflop"] = 6 * report["macs_per_image"] * trained / 1e15
+    trained = len(images) * sum(report["epochs"].values())
+    report["pflop"] = 6 * report["macs_per_image"] * trained / 1e15  # backward: twice forward
     if len(rows) > 1:
         print_widths(report)
     convert_other_encoding(args, report, convert, test)
     if args.ranks.rank == 0:
         write_json(folder / "report.json", report)
-        snn = cqsnn.load_snn(folder / "snn.npz")
-        draw(folder, report, meta["log"], snn, test[0][:20], args.threads)
-    print(f"\nwritten to {folder}: snn.npz, report.json, log.jsonl and pictures (.png)")
+        drawn = draw(folder, report, meta["log"], networks[0], test[0][:20], args.threads)
+        files = "snn.npz", "report.json", "log.jsonl", *drawn
+        print(f"\nwritten to {folder}: {', '.join(files)}")
 
 
 def convert_other_encoding(args, report, convert, test):
     """Add to the report, and print, what the network gives with the other input encoding."""
     encoding = "direct" if report["encoding"] == "spikes" else "spikes"
-    snn, few = convert(report["weight_bits"], encoding=encoding), [a[:OTHER_IMAGES] for a in test]
+    try:
+        snn = convert(report["weight_bits"], encoding=encoding)
+    except ValueError as error:  # what was asked for is done
+        print(f"\n{encoding} input is left out: {error}")
+        return
+    few = [a[:OTHER_IMAGES] for a in test]
     report["other_encoding"] = {"encoding": encoding} | simulate(args, snn, few)
     print_result(args.dataset, snn, {"dataset": args.dataset} | report["other_encoding"])
 
@@ -758,7 +789,10 @@ def train_and_convert(args):
     shape = data[0][0].shape[1:]
     cqsnn.output_shapes(net, shape, 2)  # refuse images that the network cannot take, first
     name = f"{args.dataset}-{recipe.net.replace('*', '-star')}"
-    args.folder = folder = Path(args.out or f"runs/{name}")
+    folder = Path(args.out or f"runs/{name}")
+    if args.resume and not (folder / "model.npz").exists():
+        wrong = f"--resume: {folder / 'model.npz'}: no such file"
+        raise ValueError(f"{wrong}, expected a run to go on with")
     stages = ", ".join(f"{n} epochs {name}" for name, n in recipe.stages)
     print(
         f"{args.dataset}: {len(data[0][0]):,} images to train, {len(data[1][0]):,} to test; "
@@ -868,8 +902,13 @@ def explain_image(args, snn, test, schedule, index):
 
 def simulate_file(args):
     """Simulate an SNN file on a data set's test images, at its own T or at --steps."""
-    if args.tf32:
-        raise ValueError("--tf32: with --simulate, expected training")
+    training = set(asdict(Recipe(""))) - {"steps"}
+    for name in sorted(training | {"weight_bits", "channel_scales", "init", "resume", "tf32"}):
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')}: with --simulate, expected training")
+    for path in (args.record, args.export_nir):
+        if path and os.path.exists(path) and os.path.samefile(path, args.simulate):
+            raise ValueError(f"{path}: the file of --simulate, expected another")
     snn = cqsnn.load_snn(args.simulate)
     if args.steps is not None:
         cqsnn.check_range("--steps", args.steps, 1, 10**6)
@@ -880,25 +919,32 @@ def simulate_file(args):
         for schedule in schedules_of(args):
             print_certificate(snn, schedule)
         return
-    if args.export_nir:
+    if args.export_nir is not None:
         export_nir(args.export_nir, snn)
         return
-    xp, device = array_library(args.device, args.ranks.local)
+    xp, args.device_name = array_library(args.device, args.ranks.local)
     test, classes = load_data(args, xp)[1], cqsnn.DATASETS[args.dataset].classes
-    if snn.classes != classes and not (args.digest or args.record):  # which need no labels
+    if snn.classes != classes and not (args.digest or args.record is not None):  # no labels
         found = f"{args.simulate}: a network of {snn.classes} classes"
         raise ValueError(f"{found}, expected the {classes} of {args.dataset}")
-    if args.digest or args.explain or args.record:
-        (digest if args.digest else explain if args.explain else record)(args, snn, test)
-        return
-    report = {"command": " ".join(["python train_cq.py", *args.command]), "device": device}
-    report |= {"dataset": args.dataset, "steps": snn.steps, "encoding": snn.encoding}
-    report |= {"date": time.strftime("%Y-%m-%d", time.gmtime())} | simulate(args, snn, test)
-    print_result(f"{args.simulate}: {args.dataset}", snn, report)
-    if args.out and args.ranks.rank == 0:
-        with locked(Path(args.out)):
-            write_json(Path(args.out) / "report.json", report)
-            draw(Path(args.out), report, (), snn, test[0][:20], args.threads)
+    asked = {digest: args.digest or None, explain: args.explain, record: args.record}
+    answer = next((f for f, asked in asked.items() if asked is not None), report_file)
+    answer(args, snn, test)
+
+
+def report_file(args, snn, test):
+    """Simulate a network from a file; print, and with --out write, what that gives."""
+    folder = args.out and Path(args.out)
+    if folder and (folder / "model.npz").exists():
+        raise ValueError(f"--out: {folder}: holds a training and its report, expected another")
+    report = begun_report(args, args.device_name) | {"steps": snn.steps, "encoding": snn.encoding}
+    writes = folder and args.ranks.rank == 0
+    with locked(folder) if writes else contextlib.nullcontext():
+        report |= simulate(args, snn, test)
+        print_result(f"{args.simulate}: {args.dataset}", snn, report)
+        if writes:
+            write_json(folder / "report.json", report)
+            draw(folder, report, (), snn, test[0][:20], args.threads)
 
 
 def export_nir(path, snn):
@@ -976,17 +1022,20 @@ def main(command=None):
         args.command, args.ranks = command, ranks
         args.how = {"threads": args.threads or ranks.threads, "ranks": ranks}
         asked = ("certify", "explain", "digest", "record", "export_nir")
-        for name in (f"--{n.replace('_', '-')}" for n in asked if getattr(args, n)):
-            if not args.simulate:
+        for n in (n for n in asked if getattr(args, n) not in (None, False)):
+            name = f"--{n.replace('_', '-')}"
+            if args.simulate is None:
                 wrong = f"{name}: no network to ask about"
                 raise ValueError(f"{wrong}, expected --simulate SNN.npz with it")
             if ranks.size > 1:
                 raise ValueError(f"{name}: {ranks.size} ranks, expected one")
-        (simulate_file if args.simulate else train_and_convert)(args)
-    except KeyboardInterrupt:
-        folder = getattr(args, "folder", None)
-        begun = folder is not None and (folder / "model.npz").exists()
-        hint = "; the same command with --resume goes on" if begun else ""
+            if args.out is not None and (n != "explain" or args.explain == "all"):
+                raise ValueError(f"--out: {args.out}: {name} writes nothing there, expected none")
+        (train_and_convert if args.simulate is None else simulate_file)(args)
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        if isinstance(error, BrokenPipeError):  # who reads what we print has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        hint = "; the same command with --resume goes on" if getattr(args, "begun", False) else ""
         return end(ranks, 130, f"interrupted{hint}")
     except FloatingPointError as error:
         return end(ranks, 1, f"train_cq: {error}; expected a finite one: try a lower --lr")

@@ -11,6 +11,7 @@ a comparison on held-out training images, from report.json and log.jsonl.
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import asdict
@@ -34,13 +35,17 @@ NOT_RUN = RESULTS / "not-run.md"  # by hand: what has not been run
 
 def add(run, name):
     """Keep the figures of a run folder, and its network where it is small enough."""
-    kept = RESULTS / name
-    kept.mkdir(parents=True, exist_ok=True)
-    held = json.loads((run / "report.json").read_text()).get("hold_out")
+    kept, needed = RESULTS / name, run / "report.json"
+    if not needed.exists() or not re.fullmatch(r"[\w-]+", name):
+        raise SystemExit(f"{needed} as {name!r}: expected a finished run and a plain name")
+    held = json.loads(needed.read_text()).get("hold_out")
     trained = (run / "snn.npz").exists()  # else a run of --simulate, whose network is another's
     files = ["report.json"] + ["log.jsonl"] * trained + ["latency.png"] * (trained and not held)
+    shutil.rmtree(kept, ignore_errors=True)  # nothing of the row before stays beside the new one
+    kept.mkdir()
     for file in files:
-        shutil.copyfile(run / file, kept / file)
+        if (run / file).exists():  # a run without matplotlib has no picture
+            shutil.copyfile(run / file, kept / file)
     if trained and not held:
         snn = (run / "snn.npz").read_bytes()
         digest = hashlib.sha256(snn).hexdigest()
@@ -68,12 +73,21 @@ def minutes(seconds):
 def command(report):
     """Return a run's command without what belongs to one machine (folders, --resume), and with
     options for what the data set's recipe said then and says no more."""
-    text = re.sub(r" --(out|threads) \S+| --resume", "", report["command"])
-    text = re.sub(r"--data-dir \S+", "--data-dir DIR", text)
-    text = re.sub(r" --schedule( [^-]\S*)+(?=.* --schedule)", "", text)  # the last one counts
+    words = []  # [option, its values] of each
+    for word in shlex.split(report["command"])[2:]:
+        if word.startswith("--"):
+            words.append(word.split("=", 1))
+        else:
+            words[-1].append(word)
+    options = {option: values for option, *values in words}  # the last one counts
+    for option in ("--out", "--threads", "--resume"):
+        options.pop(option, None)
+    if "--data-dir" in options:
+        options["--data-dir"] = ["DIR"]
+    words = [word for option, values in options.items() for word in (option, *values)]
+    text = shlex.join(["python", "train_cq.py", *words])
     if "recipe" not in report:
         return text
-    words = text.replace("python train_cq.py", "").split()
     now = asdict(train_cq.chosen_recipe(train_cq.parser().parse_args(words)))
     for name, value in (asdict(Recipe("")) | report["recipe"]).items():
         if value != now[name]:
@@ -191,7 +205,8 @@ def write():
     found = {p.parent.name: json.loads(p.read_text()) for p in RESULTS.glob("*/report.json")}
     found = dict(sorted(found.items()))
     alone = {name: report for name, report in found.items() if "recipe" not in report}
-    held = {name: report for name, report in found.items() if report.get("hold_out")}
+    trained = {name: report for name, report in found.items() if "recipe" in report}
+    held = {name: report for name, report in trained.items() if report.get("hold_out")}
     lines = [INTRODUCTION.format(notes="Accuracies are in per cent.")]
     for name, report in found.items():
         lines += [] if name in alone or name in held else row(name, report)

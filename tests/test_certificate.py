@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,19 @@ def test_a_first_layer_with_direct_input_is_certified_exact():
     snn = oracle_network(rng, "direct")
     assert cqsnn.certify(snn)[0][4:] == (0, 0, 0, 0)
     assert any(row.early or row.late for row in cqsnn.certify(snn)[1:])
+
+
+@pytest.mark.parametrize("b, v0, wrong", [(20, -30, -1), (-20, 50, 1)])
+def test_a_first_layer_with_direct_input_and_an_odd_start_is_not(b, v0, wrong):
+    """A start outside [0, theta): a constant current alone does not make it exact."""
+    first, last = neuron_layer(10, v0), neuron_layer(1, 0)
+    first = replace(first, b=np.full(1, b, np.int32))
+    last = replace(last, fires=False, w=np.ones((1, 1), np.int32))
+    snn = cqsnn.SpikingNetwork(4, (1, 1, 1), 1, 8, 1, "direct", (first, last))
+    k0 = np.zeros((1, 1, 1, 1), np.uint8)
+    found = cqsnn.simulate(snn, k0).counts[0] - cqsnn.integer_forward(snn, k0).counts[0]
+    row = cqsnn.certify(snn)[0]
+    assert found == wrong and -row.late <= wrong <= row.early
 
 
 def oracle_network(rng, encoding):

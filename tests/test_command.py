@@ -119,6 +119,13 @@ REFUSED = {
     "no digits": (["--data-dir", "none"], ["none/digits/train-images", "data/digits"]),
     "no SNN file": (["--simulate", "none.npz"], ["none.npz", "no such file"]),
     "a folder for an SNN": (["--simulate", "."], ["."]),
+    "no name of an SNN file": (["--simulate", ""], ["no such file"]),
+    "an optimizer for an SNN": (
+        ["--simulate", "x.npz", "--optimizer", "adam"],
+        ["--optimizer", "--simulate", "training"],
+    ),
+    "bits for an SNN": (["--simulate", "x.npz", "--weight-bits", "4"], ["--weight-bits"]),
+    "a certificate's folder": (["--simulate", "x.npz", "--certify", "--out", "o"], ["--out: o"]),
     "nothing to resume": (["--resume", "--out", "none"], ["--resume", "none/model.npz"]),
 }
 
@@ -195,8 +202,9 @@ def test_files_of_another_version_are_refused(name, quick, tmp_path):
     arrays["format"] = np.array(ours.replace("/1", "/2"))
     (tmp_path / "run").mkdir()
     np.savez(tmp_path / "run" / name, **arrays)
-    how = ["--simulate", "run/snn.npz"] if name == "snn.npz" else ["--out", "run", "--resume"]
-    done = train_cq(tmp_path, *QUICK, *how)
+    how = [*SMALL, "--simulate", "run/snn.npz"]
+    how = how if name == "snn.npz" else [*QUICK, "--out", "run", "--resume"]
+    done = train_cq(tmp_path, *how)
     assert_refused(done, f"run/{name}", f"{ours[:-1]}2", f"expected '{ours}'")
 
 
@@ -207,6 +215,55 @@ def test_checkpoint_without_its_settings_is_refused(quick, tmp_path):
     (tmp_path / "run").mkdir()
     np.savez(tmp_path / "run" / "model.npz", **(arrays | {"meta": np.array("{}")}))
     assert_refused(train_cq(tmp_path, *QUICK, "--out", "run", "--resume"), "run/model.npz")
+
+
+def renamed_epoch(params, state, meta):
+    meta["epoch"] = 3
+
+
+def shorter_log(params, state, meta):
+    del meta["log"][0]
+
+
+def nameless_stage(params, state, meta):
+    del meta["log"][0]["stage"]
+
+
+def doubled_weights(params, state, meta):
+    params["0.w"] = params["0.w"].astype(np.float64)
+
+
+def stepless_adam(params, state, meta):
+    state["step"] = state["step"].astype(np.float32)
+
+
+def unknown_momentum(params, state, meta):
+    state["u.0.w"] = params["0.w"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [renamed_epoch, shorter_log, nameless_stage, doubled_weights, stepless_adam, unknown_momentum],
+)
+def test_doctored_checkpoint_is_refused(change, quick, tmp_path):
+    saved = cqsnn.load_model(quick / "run" / "model.npz")
+    change(*saved)
+    (tmp_path / "run").mkdir()
+    cqsnn.save_model(tmp_path / "run" / "model.npz", *saved)
+    done = train_cq(tmp_path, *QUICK, "--out", "run", "--resume")
+    assert_refused(done, "run/model.npz", "expected")
+
+
+def test_what_a_run_left_is_not_replaced(quick, tmp_path):
+    """By a simulation into its folder, or by golden vectors with the name of the network."""
+    shutil.copytree(quick / "run", tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    how = [*SMALL, "--simulate", "run/snn.npz"]
+    assert_refused(train_cq(tmp_path, *how, "--out", "run"), "--out: run", "holds a training")
+    assert_refused(train_cq(tmp_path, *how, "--record", "./run/snn.npz"), "the file of --simulate")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert_refused(train_cq(tmp_path, *how, "--explain", ""), "--explain", "''")
+    assert_refused(train_cq(tmp_path, *how, "--record", ""), "no plain file")
 
 
 def test_files_for_each_other_are_refused(quick):
@@ -509,6 +566,20 @@ def test_interrupted_run_goes_on_to_the_same_bits(unstopped, tmp_path):
     assert len(logs[1].splitlines()) == 18
 
 
+def test_closed_pipe_ends_with_one_line_and_a_checkpoint_to_go_on_from(unstopped, tmp_path):
+    with started(tmp_path, *LONG) as running:
+        while not running.stdout.readline().startswith("epoch "):
+            pass
+        running.stdout.close()  # as `| head` does
+        errors = running.stderr.read()
+        assert running.wait(60) == 130
+    assert errors == "interrupted; the same command with --resume goes on\n"
+    (tmp_path / "run" / "log.jsonl").write_text("")  # as if killed before it was written
+    assert_works(train_cq(tmp_path, *LONG, "--resume"))
+    assert_same_bits(unstopped / "run", tmp_path / "run")
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 18
+
+
 def test_killed_run_goes_on_to_the_same_bits(unstopped, tmp_path):
     """Killed in each stage, once in the middle of it and once near the change."""
     for more, epochs in (([], 2), (["--resume"], 7), (["--resume"], 3)):
@@ -677,6 +748,26 @@ def test_what_a_run_will_take_is_said_before_it_starts(tmp_path):
     text = r"about \d+ (s|min) of training and \d+ (s|min) of simulation ahead"
     assert re.fullmatch(text, lines[ahead])
     assert ahead < next(i for i, line in enumerate(lines) if line.startswith("epoch "))
+
+
+def test_run_that_began_with_weights_goes_on_without_their_file(quick, tmp_path):
+    (tmp_path / "w.npz").write_bytes((quick / "run" / "model.npz").read_bytes())
+    assert_works(train_cq(tmp_path, *QUICK, "--init", "w.npz", "--out", "run"))
+    (tmp_path / "w.npz").unlink()
+    assert_works(train_cq(tmp_path, *QUICK, "--init", "./w.npz", "--out", "run", "--resume"))
+    assert_refused(train_cq(tmp_path, *QUICK, "--init", "w.npz", "--out", "new"), "w.npz")
+
+
+def test_other_encoding_that_does_not_fit_is_left_out(capsys):
+    def convert(bits, encoding):
+        raise ValueError(f"layer 0: {encoding} input does not fit")
+
+    report = {"encoding": "spikes", "weight_bits": 8}
+    train_cq_module.convert_other_encoding(None, report, convert, ())
+    assert "other_encoding" not in report
+    assert capsys.readouterr().out == (
+        "\ndirect input is left out: layer 0: direct input does not fit\n"
+    )
 
 
 def test_resume_of_a_run_that_is_over_changes_no_bit(quick, tmp_path):

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -689,6 +691,35 @@ def test_kill_at_any_time_leaves_a_whole_file(seconds, tmp_path):
     data = path.read_bytes()
     assert len(data) == 4096 * 99
     assert len(set(data)) == 1
+
+
+def test_two_threads_write_one_path(tmp_path):
+    """Each to the end: the file is one of the two, and whole."""
+    half = threading.Barrier(2, timeout=60)
+
+    def write(letter):
+        def content(file):
+            file.write(letter * 9)
+            half.wait()
+            file.write(letter * 9)
+
+        cqsnn.write_file(tmp_path / "file", content)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (b"a", b"b")))
+    assert (tmp_path / "file").read_bytes() in (b"a" * 18, b"b" * 18)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_link_stays_and_what_is_no_file_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    cqsnn.write_file(tmp_path / "link", lambda file: file.write(b"new"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(ValueError, match="no plain file"):
+            cqsnn.write_file(path, lambda file: file.write(b"new"))
 
 
 # Data sets ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ TOP_LEVEL = {
     *("cqsnn.py", "train_cq.py", "tests", "data", "benchmarks", ".ci"),
     *("README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore"),
 }
-MODULES = {"cqsnn.py": 3028, "train_cq.py": 1003}
+MODULES = {"cqsnn.py": 3062, "train_cq.py": 1052}
 
 
 @pytest.mark.parametrize("name, most", MODULES.items(), ids=MODULES)

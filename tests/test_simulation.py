@@ -472,13 +472,30 @@ def test_the_unit_falls_where_32_bits_ask_for_less(size, encoding, unit):
     assert unit == 16 or int(127 / size) * 2 * unit * whole >= 2**31
 
 
+def test_a_bias_that_is_not_finite_and_an_odd_shift_are_refused():
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 0)
+    with pytest.raises(ValueError, match=r"shift: 0\.25, expected 0 or 0.5"):
+        cqsnn.convert(net, params, (9, 8, 2), 8, shift=0.25)
+    for wrong in (np.inf, np.nan):
+        params["0.beta"][1] = wrong
+        with pytest.raises(ValueError, match=rf"layer 0 \(conv\): a bias of {wrong}, .* finite"):
+            cqsnn.convert(net, params, (9, 8, 2), 8)
+
+
+def test_weights_below_any_scale_are_zeros():
+    params = {"0.w": np.full((4, 2), 1e-310), "0.b": np.ones(2)}
+    snn = cqsnn.convert(cqsnn.network("FC"), params, np.array((2, 2, 1)), 4)
+    assert not snn.layers[0].w.any() and (snn.layers[0].b == 127 * 16).all()
+    assert all(type(n) is int for n in snn.input_shape)  # JSON holds no NumPy numbers
+
+
 def test_weights_too_small_for_any_unit_are_refused():
     params = {"0.w": np.full((4, 2), 1e-9), "0.b": np.ones(2)}
     with pytest.raises(ValueError, match=r"layer 0: its weights are too small"):
         cqsnn.convert(cqsnn.network("FC"), params, (2, 2, 1), 4, 16)
 
 
-@pytest.mark.parametrize("w, b", [(1e-20, [1, 0]), (1, [1e20, 0]), (1, [float("nan"), 0])])
+@pytest.mark.parametrize("w, b", [(1e-20, [1, 0]), (1, [1e20, 0])])
 def test_numbers_beyond_64_bits_are_refused_not_wrapped(w, b):
     params = {"0.w": np.full((4, 2), w, np.float64), "0.b": np.array(b)}
     with pytest.raises(ValueError, match=r"layer 0: .* pass 2\*\*31"):
@@ -582,3 +599,29 @@ def test_moved_levels_are_those_that_differ_between_cq_network_and_integer_cnn()
             snn = cqsnn.convert(net, params, (9, 8, 2), 8, bits)
         moved.append(cqsnn.moved_levels(net, params, snn, pixels, recipe))
     assert max(moved[0]) < 0.02 < max(moved[1])
+
+
+@pytest.mark.parametrize("encoding", ["spikes", "direct"])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [7, 10, 15, 48, 100])
+@pytest.mark.parametrize("words", ["A-A-FC", "A-4C3-FC"])
+def test_a_pooling_of_pixels_moves_no_level(words, steps, shift, encoding):
+    """Its weights are 1: only the rounding of k / T or p / 255 to floats could move one."""
+    rng, net = np.random.default_rng(0), cqsnn.network(words)
+    params = cqsnn.init_params(net, (8, 8, 3), 4, rng)
+    snn = cqsnn.convert(net, params, (8, 8, 3), steps, 16, shift, encoding)
+    recipe = cqsnn.Recipe(words, steps=steps, levels=steps, encoding=encoding, shift=shift)
+    pixels = rng.integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
+    moved = cqsnn.moved_levels(net, params, snn, pixels, recipe)
+    assert moved[: words.count("A")] == [0] * words.count("A")
+
+
+def test_a_schedule_named_twice_is_simulated_once():
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 3, spread=0.1)
+    snn = cqsnn.convert(net, params, (9, 8, 2), 4, 16)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 8, 2), dtype=np.uint8)
+    labels, reports = np.zeros(5, int), []
+    for schedules in (["1"], ["1", "1"]):
+        reports.append(cqsnn.evaluate(snn, pixels, labels, schedules)[1]["1"])
+        del reports[-1]["seconds"]
+    assert reports[0] == reports[1]

@@ -2,7 +2,12 @@
 
 import itertools
 import math
+import multiprocessing
+import os
 import re
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import oracles
@@ -375,18 +380,59 @@ def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_layer(key, layer):
         cqsnn.train_epoch(NET, params, {}, *data(), RECIPE, 0, 0, lambda n: None)
 
 
+def blas_threads(_):
+    infos = threadpoolctl.threadpool_info()
+    return [info["num_threads"] for info in infos if info["user_api"] == "blas"]
+
+
 def test_blas_keeps_to_one_thread_while_shards_are_worked():
     """More would split a product by the machine's cores, and so change its bits."""
-
-    def blas_threads(_):
-        infos = threadpoolctl.threadpool_info()
-        return [info["num_threads"] for info in infos if info["user_api"] == "blas"]
-
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         for threads in (1, 2):
             found = cqsnn.over_shards(blas_threads, [np.zeros(1)] * 4, threads=threads)
             assert found and all(set(counts) == {1} for counts in found)
         assert set(blas_threads(None)) == {2}  # and is given back
+
+
+def test_blas_keeps_to_one_thread_until_the_last_of_a_users_threads_is_done():
+    """Whichever of them came first, and is first to leave."""
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    found = []
+
+    @cqsnn.one_blas_thread
+    def first():
+        first_is_in.set()
+        assert second_is_in.wait(60)
+
+    @cqsnn.one_blas_thread
+    def second():
+        second_is_in.set()
+        assert first_is_out.wait(60)
+        found.extend(cqsnn.over_shards(blas_threads, [np.zeros(1)]))
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(first)
+            assert first_is_in.wait(60)
+            other = pool.submit(second)
+            one.result()
+            first_is_out.set()
+            other.result()
+        assert found and set(found[0]) == {1} and set(blas_threads(None)) == {2}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own():
+    items = [np.ones(1)] * 4
+    cqsnn.over_shards(np.sum, items, threads=2)
+    child = multiprocessing.get_context("fork").Process(
+        target=cqsnn.over_shards, args=(np.sum, items), kwargs={"threads": 2}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads
+        child.start()
+    child.join(60)
+    assert child.exitcode == 0, "it waits for a thread that did not come along"
 
 
 def test_a_first_kernel_larger_than_the_images_is_not_whitened():
