@@ -47,6 +47,8 @@ RECIPES = {
 _VGG = {"optimizer": "muon", "lr": 0.09, "batch": 256, "dropout": 0.15}
 NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
 SCHEDULES = ("streaming", "1", "2", "4", "synchronous")
+# with which a network in colour loses least: v0 in all, first layer and others, by encoding
+HEAD_STARTS = {"direct": (7 / 8, 1 / 4), "spikes": (-1, 0)}
 _CIFAR_SCHEDULES = ("streaming", "1", "2", "4", "8", "synchronous")
 DATASET_SCHEDULES = {"cifar10": _CIFAR_SCHEDULES, "cifar100": _CIFAR_SCHEDULES}
 VERSIONS = {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
@@ -73,14 +75,7 @@ def parser():
     text = "compare recipes: test on the last N training images, not trained on"
     data.add_argument("--hold-out", type=int, metavar="N", help=text)
     add_recipe_options(p.add_argument_group("recipe: instead of the data set's own"))
-    snn = p.add_argument_group("spiking network")
-    text = "2 to 16 (default: 8); with several, a table"
-    snn.add_argument("--weight-bits", type=int, nargs="+", metavar="B", help=text)
-    text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
-    snn.add_argument("--channel-scales", action="store_true", help=text)
-    text = "streaming, synchronous or a delay of 0 to T steps a layer"
-    snn.add_argument("--schedule", nargs="+", metavar="S", help=text)
-    snn.add_argument("--simulate", metavar="SNN.npz", help="simulate this file, train nothing")
+    add_conversion_options(p.add_argument_group("spiking network"))
     text = "about the network of --simulate, instead of its accuracy: one of"
     asked = p.add_argument_group(text).add_mutually_exclusive_group()
     text = "prove, without images, what its potentials and its wrong counts can reach"
@@ -103,6 +98,19 @@ def parser():
     run.add_argument("--init", metavar="FILE", help=text)
     run.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     return p
+
+
+def add_conversion_options(p):
+    """Add what decides how a CNN is converted and simulated."""
+    text = "2 to 16 (default: 8); with several, a table"
+    p.add_argument("--weight-bits", type=int, nargs="+", metavar="B", help=text)
+    text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
+    p.add_argument("--channel-scales", action="store_true", help=text)
+    text = "potential given, in thresholds, and taken off the bias: first layer, others"
+    p.add_argument("--head-start", type=float, nargs=2, metavar=("X", "Y"), help=text)
+    text = "streaming, synchronous or a delay of 0 to T steps a layer"
+    p.add_argument("--schedule", nargs="+", metavar="S", help=text)
+    p.add_argument("--simulate", metavar="SNN.npz", help="simulate this file, train nothing")
 
 
 def add_recipe_options(p):
@@ -172,6 +180,9 @@ def check_arguments(args, steps):
     for bits in args.weight_bits:
         cqsnn.check_range("--weight-bits", bits, 2, 16)
     cqsnn.check_range("--seed", args.seed, 0, 2**63 - 1)
+    for x in args.head_start or ():
+        if not -100 <= x < 1:
+            raise ValueError(f"--head-start: {x}, expected -100 to below 1")
     for name in ("limit", "threads"):
         if getattr(args, name) is not None:
             cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
@@ -733,9 +744,9 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
         "epochs": dict(recipe.stages),
         "train_images": len(images),
     }
+    report["head_start"] = head_start_of(args, recipe.encoding, recipe.shift)
     report |= stage_accuracies(args, recipe, net, params, meta["log"], test)
-    how = {"shift": recipe.shift, "channel_scales": args.channel_scales}
-    convert = functools.partial(cqsnn.convert, net, params, test[0].shape[1:], recipe.steps, **how)
+    convert = functools.partial(converted, args, recipe, net, params, test[0].shape[1:])
     rows, began, every = [], time.perf_counter(), dict.fromkeys(args.weight_bits)
     networks = [convert(bits, encoding=recipe.encoding) for bits in every]
     seconds = {"convert": (time.perf_counter() - began) / len(networks)}
@@ -762,6 +773,23 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
         drawn = draw(folder, report, meta["log"], networks[0], test[0][:20], args.threads)
         files = "snn.npz", "report.json", "log.jsonl", *drawn
         print(f"\nwritten to {folder}: {', '.join(files)}")
+
+
+def head_start_of(args, encoding, shift):
+    """Return the two fractions for `cqsnn.head_start`: those asked for; or HEAD_STARTS, of which
+    the CQ activation's shift is a part already."""
+    if args.head_start is not None:
+        return args.head_start
+    if args.dataset not in ("cifar10", "cifar100"):
+        return [0, 0]
+    return [max(x - shift, min(x, 0)) for x in HEAD_STARTS[encoding]]
+
+
+def converted(args, recipe, net, params, shape, bits, encoding):
+    """Return the SpikingNetwork of some width and input encoding, with its head start."""
+    how = {"shift": recipe.shift, "channel_scales": args.channel_scales}
+    snn = cqsnn.convert(net, params, shape, recipe.steps, bits, encoding=encoding, **how)
+    return cqsnn.head_start(snn, *head_start_of(args, encoding, recipe.shift))
 
 
 def convert_other_encoding(args, report, convert, test):
@@ -915,6 +943,7 @@ def simulate_file(args):
         snn = replace(snn, steps=args.steps)
     cqsnn.check_choice("--dataset", args.dataset, RECIPES)
     check_arguments(args, snn.steps)
+    snn = snn if args.head_start is None else cqsnn.head_start(snn, *args.head_start)
     if args.certify:
         for schedule in schedules_of(args):
             print_certificate(snn, schedule)

@@ -88,7 +88,11 @@ def command(report):
     text = shlex.join(["python", "train_cq.py", *words])
     if "recipe" not in report:
         return text
-    now = asdict(train_cq.chosen_recipe(train_cq.parser().parse_args(words)))
+    asked = train_cq.parser().parse_args(words)
+    given = report.get("head_start", [0, 0])
+    if list(given) != list(train_cq.head_start_of(asked, report["encoding"], report["shift"])):
+        text += f" --head-start {given[0]:g} {given[1]:g}"
+    now = asdict(train_cq.chosen_recipe(asked))
     for name, value in (asdict(Recipe("")) | report["recipe"]).items():
         if value != now[name]:
             flag = name.replace("_", "-")

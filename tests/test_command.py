@@ -125,6 +125,7 @@ REFUSED = {
         ["--optimizer", "--simulate", "training"],
     ),
     "bits for an SNN": (["--simulate", "x.npz", "--weight-bits", "4"], ["--weight-bits"]),
+    "a head start of 1": (["--head-start", "0.5", "1"], ["--head-start", "1.0", "below 1"]),
     "a certificate's folder": (["--simulate", "x.npz", "--certify", "--out", "o"], ["--out: o"]),
     "nothing to resume": (["--resume", "--out", "none"], ["--resume", "none/model.npz"]),
 }
@@ -667,6 +668,20 @@ def test_channel_scales_give_each_channel_its_threshold(tmp_path):
         for i in (0, 2):  # every channel uses its bits
             largest = np.abs(file[f"{i}.w"]).max((0, 1, 2)) // unit
             assert (largest <= 7).all() and (largest >= 4).all()
+
+
+def test_head_start_is_in_the_file_and_can_be_given_to_one(quick, tmp_path):
+    done = train_cq(tmp_path, *QUICK, "--head-start", "0.5", "0.25", "--out", "run")
+    assert_works(done)
+    assert report_of(tmp_path / "run")["head_start"] == [0.5, 0.25]
+    ours, plain = (cqsnn.load_snn(f / "run" / "snn.npz") for f in (tmp_path, quick))
+    for a, b in zip(ours.layers, cqsnn.head_start(plain, 0.5, 0.25).layers, strict=True):
+        assert all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("w", "b", "theta", "v0"))
+    how = [*SMALL, "--simulate", quick / "run" / "snn.npz", "--head-start", "0.5", "0.25"]
+    assert_works(train_cq(tmp_path, *how, "--out", "again"))
+    reports = [report_of(tmp_path / name) for name in ("run", "again")]
+    for name in ("integer_accuracy", "snn_accuracy", "wrong_counts", "synops_per_image"):
+        assert reports[0][name] == reports[1][name]
 
 
 def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):

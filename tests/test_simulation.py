@@ -625,3 +625,42 @@ def test_a_schedule_named_twice_is_simulated_once():
         reports.append(cqsnn.evaluate(snn, pixels, labels, schedules)[1]["1"])
         del reports[-1]["seconds"]
     assert reports[0] == reports[1]
+
+
+@given(st.data(), st.floats(-2, 1, exclude_max=True), st.floats(-2, 1, exclude_max=True))
+def test_a_head_start_changes_no_count_of_the_integer_cnn(data, first, others):
+    """T b + v0 stays; v0 grows by what T steps can give back of the fraction of theta."""
+    snn = data.draw(oracle.networks())
+    k0 = oracle.images(data.draw, snn)
+    early = cqsnn.head_start(snn, first, others)
+    before, after = (cqsnn.integer_forward(network, k0) for network in (snn, early))
+    for a, b in zip([*before.counts, before.logits], [*after.counts, after.logits], strict=True):
+        assert (a == b).all()
+    for i, (a, b) in enumerate(zip(snn.layers, early.layers, strict=True)):
+        if not a.fires or a.w is None:
+            assert a is b
+            continue
+        fraction = others if i else first
+        assert (b.w is a.w) and (b.theta is a.theta)
+        left = fraction * a.theta - (b.v0.astype(int) - a.v0)
+        assert (np.abs(left) < snn.steps).all() and (left * fraction >= 0).all()
+        assert (snn.steps * (b.b.astype(int) - a.b) == a.v0 - b.v0.astype(int)).all()
+    run = cqsnn.simulate(early, k0, "synchronous")
+    assert (run.logits == before.logits).all()
+    if snn.encoding == "direct" and snn.layers[0].v0.min() >= 0 and len(before.counts) > 1:
+        start = early.layers[0]
+        if (start.v0 < start.theta).all():  # law 4: a constant current
+            assert (cqsnn.simulate(early, k0).counts[0] == before.counts[0]).all()
+
+
+def test_a_head_start_brings_streaming_nearer_to_the_integer_cnn():
+    """Of random weights, on noise: its sign, no figure."""
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 3, spread=0.1)
+    snn = cqsnn.convert(net, params, (9, 8, 2), 16, 8, encoding="direct")
+    k0 = np.random.default_rng(0).integers(0, 256, (50, 9, 8, 2), dtype=np.uint8)
+    exact = cqsnn.integer_forward(snn, k0).logits
+    errors = [
+        np.square(cqsnn.simulate(network, k0).logits - exact, dtype=float).mean()
+        for network in (snn, cqsnn.head_start(snn))
+    ]
+    assert errors[1] < errors[0]
