@@ -122,7 +122,8 @@ def row(name, report):
         f"`{command(report)}`",
         "",
         f"{report['dataset']}, `{report['net']}`, {epochs} epochs, {report['encoding']} input, "
-        f"T = {report['steps']}, L = {report['levels']}, h = {report['shift']}, "
+        f"T = {report['steps']}, L = {report['levels']}, h = {report['shift']}, head start "
+        f"{' and '.join(f'{x:g}' for x in report.get('head_start', (0, 0)))}, "
         f"{report['weight_bits']}-bit weights, seed {report['seed']}; {report['device']}, "
         f"{report['date']}; {spent}; {report.get('pflop', 0):.3g} PFLOP of training.",
         "",
@@ -196,8 +197,11 @@ def seeds(found):
         names, reports = zip(*runs.values())
         if len(runs) > 1:
             cells = [", ".join(names), f"`{words}`"]
-            for kind in ("cq_accuracy", "integer_accuracy"):
-                values = [report[kind] for report in reports]
+            for kind in ("cq_accuracy", "integer_accuracy", "streaming"):
+                values = [report.get(kind, report["snn_accuracy"].get(kind)) for report in reports]
+                if None in values:
+                    cells.append("")
+                    continue
                 mean, ends = sum(values) / len(values), (min(values), max(values))
                 cells.append(f"{percent(mean)} ({' to '.join(map(percent, ends))})")
             lines.append(f"| {' | '.join(cells)} |")
@@ -217,8 +221,8 @@ def write():
     several = seeds({n: r for n, r in found.items() if n not in alone and n not in held})
     if several:
         lines += ["## Several seeds", ""]
-        lines += ["| rows | command | CQ network: mean, range | integer CNN = synchronous |"]
-        lines += ["|---|---|---|---|", *several, ""]
+        lines += ["| rows | command | CQ network: mean, range | integer CNN | streaming |"]
+        lines += ["|---|---|---|---|---|", *several, ""]
     if alone:
         lines += ["## Networks above at other T", ""]
         lines += ["| name | command | T | images | integer CNN | spiking (steps) |"]

@@ -1,4 +1,4 @@
-"""Laws 3 to 12 of the README: spiking arithmetic, in whole numbers, compared with ==."""
+"""Laws 3 to 12 and 15 of the README: spiking arithmetic, in whole numbers, compared with ==."""
 
 import warnings
 from dataclasses import replace
@@ -628,7 +628,7 @@ def test_a_schedule_named_twice_is_simulated_once():
 
 
 @given(st.data(), st.floats(-2, 1, exclude_max=True), st.floats(-2, 1, exclude_max=True))
-def test_a_head_start_changes_no_count_of_the_integer_cnn(data, first, others):
+def test_law_15_a_head_start_changes_no_count_of_the_integer_cnn(data, first, others):
     """T b + v0 stays; v0 grows by what T steps can give back of the fraction of theta."""
     snn = data.draw(oracle.networks())
     k0 = oracle.images(data.draw, snn)

@@ -33,6 +33,11 @@ MUTATIONS = {
         "self.v += 0 * xp.asarray(sums.layer.v0, sums.integer)",
         SIMULATION,
     ),
+    "a head start that no bias pays for": (
+        "b, v0 = layer.b - each, layer.v0 + each * snn.steps",
+        "b, v0 = layer.b - 0 * each, layer.v0 + each * snn.steps",
+        SIMULATION,
+    ),
     "swap rows and columns of a kernel": (
         "yield k, m, x[:, k : k + rows : stride, m : m + columns : stride]",
         "yield m, k, x[:, k : k + rows : stride, m : m + columns : stride]",
