@@ -99,8 +99,8 @@ MUTATIONS = {
         "tests/test_layers.py",
     ),
     "let BLAS choose its threads": (
-        'with _blas().limit(limits=1, user_api="blas"):',
-        'with _blas().limit(limits=2, user_api="blas"):',
+        'self.limit = _blas().limit(limits=1, user_api="blas")',
+        'self.limit = _blas().limit(limits=2, user_api="blas")',
         "tests/test_training.py",
     ),
     "train without the limit of weights": (
