@@ -127,8 +127,6 @@ def shards(n):
 
 _worker = functools.cache(lambda number: ThreadPoolExecutor(1))  # both made when first needed
 _blas = functools.cache(threadpoolctl.ThreadpoolController)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_worker.cache_clear)  # threads do not come along
 
 
 def keep_freed_memory():
@@ -153,10 +151,10 @@ class OneBlasThread(contextlib.ContextDecorator):
 
     def __enter__(self):
         with self.lock:
-            self.users += 1
-            if self.users == 1:
+            if self.users == 0:
                 self.forget(force=True)
                 self.limit = _blas().limit(limits=1, user_api="blas")
+            self.users += 1
 
     def __exit__(self, *error):
         with self.lock:
@@ -167,6 +165,16 @@ class OneBlasThread(contextlib.ContextDecorator):
 
 
 one_blas_thread = OneBlasThread()
+
+
+def _begin_child():
+    """A forked process: threads do not come along, and a lock may have been one's."""
+    _worker.cache_clear()
+    one_blas_thread.lock, one_blas_thread.users = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)
 
 
 @one_blas_thread
@@ -1204,9 +1212,10 @@ def outputs(layer, how, unit, norm, z, seed):
     if layer.kind != "pool":
         z, inside = activate(z, *how, norm)
     elif activation == "quantize":
-        # pixels are rounded to floats: a first layer's mean is off by less than this, and a true
-        # one, a multiple of 1/T or 1/255 over K*K, below the next level by more
-        off = (layer.size**2 + 4) * 2**-24 * levels if unit == 1 else 0
+        # pixels are rounded to floats: a first layer's mean is off by less than this, where L does
+        # not pass 1,000; a true one, a multiple of 1/T or 1/255 over K*K, is further from a level
+        square = layer.size**2
+        off = min((square + 4) * 2**-24 * levels, 2**-10 / square) if unit == 1 else 0
         z = array_module(z).floor(z * (levels / unit) + (shift + off))
     if seed is not None:
         z, kept = dropout(z, layer.dropout, seed)
@@ -1636,7 +1645,8 @@ class SpikingLayer:
 
 @dataclass(frozen=True, eq=False)
 class SpikingNetwork:
-    """A converted network: layers, and how its input comes. `unit` is F of `integer_layer`."""
+    """A converted network: layers, and how its input comes. `unit` is F of `integer_layer`,
+    head_start what the function of that name has given it."""
 
     steps: int
     input_shape: tuple
@@ -1645,6 +1655,7 @@ class SpikingNetwork:
     unit: int
     encoding: str
     layers: tuple
+    head_start: tuple = (0, 0)
 
     @functools.cached_property
     def shapes(self):
@@ -1764,20 +1775,26 @@ def convert(
 
 def head_start(snn, first=7 / 8, others=1 / 4):
     """Return snn with v0 raised by these fractions of theta, in the first layer and in the others
-    that have weights, and b lowered by as much over T steps: T b + v0 stays, and with it all of the
-    integer CNN. Spikes come earlier: as they are no longer late beside the biases, which are felt
-    from the first step on, streaming and small delays lose less. Negative fractions let a layer
-    wait. b then belongs to this T."""
+    that have weights, rounded toward 0 to a multiple of T, and b lowered by as much over T steps;
+    in place of the head start that it has. T b + v0 stays, and with it all of the integer CNN.
+    Spikes come earlier: where they were late beside the biases, which are felt from the first step
+    on, streaming loses less. Negative fractions let a layer wait. For another T see `at_steps`."""
     layers = list(snn.layers)
     for i, layer in enumerate(layers):
         if layer.fires and layer.w is not None:
-            each = layer.theta * (others if i else first) / snn.steps
-            each = np.trunc(each).astype(np.int64)
+            starts = (snn.head_start, (first, others))
+            old, new = (np.trunc(layer.theta * start[i > 0] / snn.steps) for start in starts)
+            each = (new - old).astype(np.int64)
             b, v0 = layer.b - each, layer.v0 + each * snn.steps
             if max(np.abs(b).max(), np.abs(v0).max()) >= 2**31:
                 raise ValueError(f"layer {i}: a head start passes 2**31, expected a smaller one")
             layers[i] = replace(layer, b=b.astype(np.int32), v0=v0.astype(np.int32))
-    return replace(snn, layers=tuple(layers))
+    return replace(snn, layers=tuple(layers), head_start=(first, others))
+
+
+def at_steps(snn, steps):
+    """Return snn for another T: the same weights, thresholds and, without head start, biases."""
+    return head_start(replace(head_start(snn, 0, 0), steps=steps), *snn.head_start)
 
 
 def scales(net, params, snn):
@@ -2432,7 +2449,7 @@ def write_file(path, write):
     """Let write(file) fill a binary file that appears at `path` only when it is whole.
     It is written under another name beside it, flushed to the disk and renamed."""
     path = Path(path)
-    path = path.resolve() if path.is_symlink() else path  # what a link points to changes
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # what a link points to
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: no plain file, expected one or a new name")
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
@@ -2521,6 +2538,8 @@ SNN_FORMAT, MODEL_FORMAT, VECTORS_FORMAT = "cqsnn-snn/1", "cqsnn-model/1", "cqsn
 def save_snn(path, snn):
     """Write a SpikingNetwork as an SNN file: JSON `network`, int32 i.w, i.b, i.theta, i.v0."""
     network, arrays = asdict(snn), {}
+    if network["head_start"] == (0, 0):
+        del network["head_start"]
     for i, layer in enumerate(network["layers"]):
         found = {f"{i}.{name}": layer.pop(name) for name in LAYER_ARRAYS}
         arrays |= {key: a for key, a in found.items() if a is not None}
@@ -2540,6 +2559,7 @@ def load_snn(path):
         if arrays:
             raise ValueError(f"array {min(arrays)} belongs to no layer")
         network["input_shape"] = tuple(network["input_shape"])
+        network["head_start"] = tuple(network.get("head_start", (0, 0)))
         snn = SpikingNetwork(**network, layers=tuple(layers))
         check_network(snn)
     return snn
@@ -2551,6 +2571,8 @@ def check_network(snn):
         check_range(name, getattr(snn, name), 1, high)
     check_range("weight_bits", snn.weight_bits, 2, 16)
     check_choice("encoding", snn.encoding, ("spikes", "direct"))
+    if len(snn.head_start) != 2 or not all(abs(x) <= 1000 for x in snn.head_start):
+        raise ValueError(f"head_start {snn.head_start}, expected two numbers")
     for n in snn.input_shape:
         check_range("input_shape", n, 1, 2**15)
     shape = snn.input_shape

@@ -65,7 +65,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     """Return the command line; an option that is not given is None: the recipe decides."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    p = Parser(description=__doc__, **how)
     p.set_defaults(ranks=cqsnn.ALONE)
     data = p.add_argument_group("data")
     data.add_argument("--dataset", default="digits", help=", ".join(cqsnn.DATASETS))
@@ -309,6 +310,7 @@ def previous_run(folder, settings, expected, epochs, resume):
     if not isinstance(meta, dict) or any(type(meta.get(k)) is not v for k, v in kinds.items()):
         raise ValueError(f"{path}: not a whole checkpoint: no settings, epoch or log in meta")
     theirs = asdict(Recipe("")) | meta["settings"]  # an older version has fewer
+    theirs["init"] = theirs.get("init") and os.path.normpath(str(theirs["init"]))
     for name in settings | theirs:
         if settings.get(name) != theirs.get(name):
             wrong = f"{folder}: holds a run with {name} {theirs.get(name)}"
@@ -751,9 +753,6 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
     networks = [convert(bits, encoding=recipe.encoding) for bits in every]
     seconds = {"convert": (time.perf_counter() - began) / len(networks)}
     seconds["train"] = sum(line["seconds"] for line in meta["log"])
-    if args.ranks.rank == 0:
-        cqsnn.save_snn(folder / "snn.npz", networks[0])
-        write_json(folder / "log.jsonl", *meta["log"])  # a kill may have come before the last one
     for snn in networks:
         row = {"weight_bits": snn.weight_bits} | simulate(args, snn, test, brief=bool(rows))
         row |= {"seconds": seconds | row["seconds"], "scales": cqsnn.scales(net, params, snn)}
@@ -769,6 +768,8 @@ def convert_and_report(args, recipe, net, params, meta, folder, data, device):
         print_widths(report)
     convert_other_encoding(args, report, convert, test)
     if args.ranks.rank == 0:
+        write_json(folder / "log.jsonl", *meta["log"])  # a kill may have come before the last one
+        cqsnn.save_snn(folder / "snn.npz", networks[0])
         write_json(folder / "report.json", report)
         drawn = draw(folder, report, meta["log"], networks[0], test[0][:20], args.threads)
         files = "snn.npz", "report.json", "log.jsonl", *drawn
@@ -801,7 +802,8 @@ def convert_other_encoding(args, report, convert, test):
         print(f"\n{encoding} input is left out: {error}")
         return
     few = [a[:OTHER_IMAGES] for a in test]
-    report["other_encoding"] = {"encoding": encoding} | simulate(args, snn, few)
+    report["other_encoding"] = {"encoding": encoding, "head_start": snn.head_start}
+    report["other_encoding"] |= simulate(args, snn, few)
     print_result(args.dataset, snn, {"dataset": args.dataset} | report["other_encoding"])
 
 
@@ -932,15 +934,17 @@ def simulate_file(args):
     """Simulate an SNN file on a data set's test images, at its own T or at --steps."""
     training = set(asdict(Recipe(""))) - {"steps"}
     for name in sorted(training | {"weight_bits", "channel_scales", "init", "resume", "tf32"}):
-        if getattr(args, name) not in (None, False):
+        if getattr(args, name) is not parser().get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: with --simulate, expected training")
-    for path in (args.record, args.export_nir):
-        if path and os.path.exists(path) and os.path.samefile(path, args.simulate):
-            raise ValueError(f"{path}: the file of --simulate, expected another")
+    path = args.export_nir
+    if path and os.path.exists(path) and os.path.samefile(path, args.simulate):
+        raise ValueError(f"{path}: the file of --simulate, expected another")
+    if args.record is not None and os.path.exists(args.record):
+        cqsnn.read_npz(args.record, cqsnn.VECTORS_FORMAT)  # nothing else is replaced
     snn = cqsnn.load_snn(args.simulate)
     if args.steps is not None:
         cqsnn.check_range("--steps", args.steps, 1, 10**6)
-        snn = replace(snn, steps=args.steps)
+        snn = cqsnn.at_steps(snn, args.steps)
     cqsnn.check_choice("--dataset", args.dataset, RECIPES)
     check_arguments(args, snn.steps)
     snn = snn if args.head_start is None else cqsnn.head_start(snn, *args.head_start)
@@ -964,7 +968,7 @@ def simulate_file(args):
 def report_file(args, snn, test):
     """Simulate a network from a file; print, and with --out write, what that gives."""
     folder = args.out and Path(args.out)
-    if folder and (folder / "model.npz").exists():
+    if folder and any((folder / name).exists() for name in ("model.npz", "snn.npz")):
         raise ValueError(f"--out: {folder}: holds a training and its report, expected another")
     report = begun_report(args, args.device_name) | {"steps": snn.steps, "encoding": snn.encoding}
     writes = folder and args.ranks.rank == 0

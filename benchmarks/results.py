@@ -36,8 +36,10 @@ NOT_RUN = RESULTS / "not-run.md"  # by hand: what has not been run
 def add(run, name):
     """Keep the figures of a run folder, and its network where it is small enough."""
     kept, needed = RESULTS / name, run / "report.json"
-    if not needed.exists() or not re.fullmatch(r"[\w-]+", name):
+    if not needed.exists() or not re.fullmatch(r"\w[\w.-]*", name):
         raise SystemExit(f"{needed} as {name!r}: expected a finished run and a plain name")
+    if run.resolve() == kept.resolve():
+        raise SystemExit(f"{run}: the row itself, expected a run folder")
     held = json.loads(needed.read_text()).get("hold_out")
     trained = (run / "snn.npz").exists()  # else a run of --simulate, whose network is another's
     files = ["report.json"] + ["log.jsonl"] * trained + ["latency.png"] * (trained and not held)
@@ -111,6 +113,12 @@ def schedules(block):
     return ", ".join(parts)
 
 
+def start(block):
+    """Return what a report or a part of one says of the head start, where there is one."""
+    fractions = block.get("head_start", (0, 0))
+    return f", head start {fractions[0]:g} and {fractions[1]:g}" if any(fractions) else ""
+
+
 def row(name, report):
     """Return the lines of one run."""
     epochs = ", ".join(f"{n} {stage}" for stage, n in report["epochs"].items())
@@ -122,8 +130,7 @@ def row(name, report):
         f"`{command(report)}`",
         "",
         f"{report['dataset']}, `{report['net']}`, {epochs} epochs, {report['encoding']} input, "
-        f"T = {report['steps']}, L = {report['levels']}, h = {report['shift']}, head start "
-        f"{' and '.join(f'{x:g}' for x in report.get('head_start', (0, 0)))}, "
+        f"T = {report['steps']}, L = {report['levels']}, h = {report['shift']}{start(report)}, "
         f"{report['weight_bits']}-bit weights, seed {report['seed']}; {report['device']}, "
         f"{report['date']}; {spent}; {report.get('pflop', 0):.3g} PFLOP of training.",
         "",
@@ -148,8 +155,9 @@ def row(name, report):
     if other:
         lines += [
             "",
-            f"With {other['encoding']} input and no other training, first {other['images']:,} "
-            f"images: integer CNN {percent(other['integer_accuracy'])}, {schedules(other)}.",
+            f"With {other['encoding']} input{start(other)} and no other training, first "
+            f"{other['images']:,} images: integer CNN {percent(other['integer_accuracy'])}, "
+            f"{schedules(other)}.",
         ]
     if len(report["bits"]) > 1:
         both = list(report["bits"][-1]["snn_accuracy"])

@@ -124,6 +124,8 @@ REFUSED = {
         ["--simulate", "x.npz", "--optimizer", "adam"],
         ["--optimizer", "--simulate", "training"],
     ),
+    "no shift for an SNN": (["--simulate", "x.npz", "--shift", "0"], ["--shift", "training"]),
+    "an option cut short": (["--stepz", "4"], ["--stepz"]),
     "bits for an SNN": (["--simulate", "x.npz", "--weight-bits", "4"], ["--weight-bits"]),
     "a head start of 1": (["--head-start", "0.5", "1"], ["--head-start", "1.0", "below 1"]),
     "a certificate's folder": (["--simulate", "x.npz", "--certify", "--out", "o"], ["--out: o"]),
@@ -261,7 +263,9 @@ def test_what_a_run_left_is_not_replaced(quick, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     how = [*SMALL, "--simulate", "run/snn.npz"]
     assert_refused(train_cq(tmp_path, *how, "--out", "run"), "--out: run", "holds a training")
-    assert_refused(train_cq(tmp_path, *how, "--record", "./run/snn.npz"), "the file of --simulate")
+    for name in ("snn", "model"):
+        done = train_cq(tmp_path, *how, "--record", f"./run/{name}.npz")
+        assert_refused(done, f"run/{name}.npz", f"cqsnn-{name}/1", "cqsnn-vectors/1")
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert_refused(train_cq(tmp_path, *how, "--explain", ""), "--explain", "''")
     assert_refused(train_cq(tmp_path, *how, "--record", ""), "no plain file")
@@ -682,6 +686,19 @@ def test_head_start_is_in_the_file_and_can_be_given_to_one(quick, tmp_path):
     reports = [report_of(tmp_path / name) for name in ("run", "again")]
     for name in ("integer_accuracy", "snn_accuracy", "wrong_counts", "synops_per_image"):
         assert reports[0][name] == reports[1][name]
+
+
+def test_colour_has_a_head_start_of_its_own_and_a_shift_is_part_of_it():
+    def start(*words, encoding="direct", shift=0.0):
+        args = train_cq_module.parser().parse_args([*words])
+        return list(train_cq_module.head_start_of(args, encoding, shift))
+
+    colour = ("--dataset", "cifar100")
+    assert start(*colour) == [7 / 8, 1 / 4] and start(*colour, shift=0.5) == [3 / 8, 0]
+    assert (
+        start(*colour, encoding="spikes") == start(*colour, encoding="spikes", shift=0.5) == [-1, 0]
+    )
+    assert start() == [0, 0] and start("--head-start", "0.5", "-2", shift=0.5) == [0.5, -2]
 
 
 def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):

@@ -627,6 +627,12 @@ def test_a_schedule_named_twice_is_simulated_once():
     assert reports[0] == reports[1]
 
 
+def assert_same_layers(snn, other):
+    assert snn.steps == other.steps
+    for a, b in zip(snn.layers, other.layers, strict=True):
+        assert all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("w", "b", "theta", "v0"))
+
+
 @given(st.data(), st.floats(-2, 1, exclude_max=True), st.floats(-2, 1, exclude_max=True))
 def test_law_15_a_head_start_changes_no_count_of_the_integer_cnn(data, first, others):
     """T b + v0 stays; v0 grows by what T steps can give back of the fraction of theta."""
@@ -647,6 +653,10 @@ def test_law_15_a_head_start_changes_no_count_of_the_integer_cnn(data, first, ot
         assert (snn.steps * (b.b.astype(int) - a.b) == a.v0 - b.v0.astype(int)).all()
     run = cqsnn.simulate(early, k0, "synchronous")
     assert (run.logits == before.logits).all()
+    assert_same_layers(cqsnn.head_start(early, 0, 0), snn)
+    assert_same_layers(cqsnn.head_start(cqsnn.head_start(snn, 0.5, -1), first, others), early)
+    longer = cqsnn.head_start(replace(snn, steps=2 * snn.steps), first, others)
+    assert_same_layers(cqsnn.at_steps(early, 2 * snn.steps), longer)
     if snn.encoding == "direct" and snn.layers[0].v0.min() >= 0 and len(before.counts) > 1:
         start = early.layers[0]
         if (start.v0 < start.theta).all():  # law 4: a constant current
@@ -664,3 +674,19 @@ def test_a_head_start_brings_streaming_nearer_to_the_integer_cnn():
         for network in (snn, cqsnn.head_start(snn))
     ]
     assert errors[1] < errors[0]
+
+
+def test_a_head_start_that_passes_32_bits_is_refused():
+    first = cqsnn.SpikingLayer(
+        *("dense", 1, 1, 0, True, np.ones((1, 1), np.int32), np.full(1, -(2**31) + 1, np.int32)),
+        *(np.array(2**30, np.int32), np.array(0, np.int32)),
+    )
+    last = replace(first, fires=False, b=np.zeros(1, np.int32))
+    snn = cqsnn.SpikingNetwork(4, (1, 1, 1), 1, 8, 1, "spikes", (first, last))
+    with pytest.raises(ValueError, match=r"layer 0: a head start passes 2\*\*31"):
+        cqsnn.head_start(snn, 0.5, 0)
+
+
+def test_encode_takes_bytes_alone():
+    with pytest.raises(ValueError, match="pixels: float64, expected uint8"):
+        cqsnn.encode(np.zeros((1, 2, 2, 1)), 4)

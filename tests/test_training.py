@@ -423,16 +423,19 @@ def test_blas_keeps_to_one_thread_until_the_last_of_a_users_threads_is_done():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_has_threads_of_its_own():
-    items = [np.ones(1)] * 4
-    cqsnn.over_shards(np.sum, items, threads=2)
-    child = multiprocessing.get_context("fork").Process(
-        target=cqsnn.over_shards, args=(np.sum, items), kwargs={"threads": 2}
-    )
+    items, context = [np.ones(1)] * 2, multiprocessing.get_context("fork")
+    both = threading.Barrier(2)  # is passed by two threads at once, or not at all
+
+    def meet(_):
+        both.wait(30)
+
+    cqsnn.over_shards(meet, items, threads=2)
+    child = context.Process(target=cqsnn.over_shards, args=(meet, items), kwargs={"threads": 2})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # a fork of several threads
         child.start()
     child.join(60)
-    assert child.exitcode == 0, "it waits for a thread that did not come along"
+    assert child.exitcode == 0, "one of its two threads did not come along"
 
 
 def test_a_first_kernel_larger_than_the_images_is_not_whitened():
