@@ -99,7 +99,9 @@ def command(report):
         if value != now[name]:
             flag = name.replace("_", "-")
             on = isinstance(value, bool)
-            text += f" --{'' if value or not on else 'no-'}{flag}" + (f" {value}" * (not on))
+            text += f" --{'' if value or not on else 'no-'}{flag}" + (
+                f" {shlex.quote(str(value))}" * (not on)
+            )
     return text
 
 

@@ -208,3 +208,11 @@ def test_digest_is_that_of_the_spikes_image_by_image_whatever_the_batch(schedule
             expected.update(int(value).to_bytes(8, "little", signed=True))
     for how in ({}, {"together": 3}, {"together": 11, "batch": 2, "chunk": 3, "threads": 2}):
         assert cqsnn.spike_digest(snn, k0, schedule, **how) == expected.hexdigest()
+
+
+def test_sums_that_no_float_holds_are_not_certified():
+    first, last = neuron_layer(2**30, 0), replace(neuron_layer(1, 0), fires=False)
+    first = replace(first, w=np.full((1, 1), 2**30, np.int32))
+    snn = cqsnn.SpikingNetwork(2**25, (1, 1, 1), 1, 8, 1, "spikes", (first, last))
+    with pytest.raises(ValueError, match=r"sums reach \d+, expected less than 2\*\*53"):
+        cqsnn.certify(snn)

@@ -194,6 +194,15 @@ def test_an_error_in_any_item_is_raised_once_every_thread_is_at_rest(threads):
         assert not running
 
 
+def test_items_are_worked_by_the_calling_thread_where_no_other_can_be_had(monkeypatch):
+    def worker(number):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(cqsnn, "_worker", worker)
+    items = list(np.arange(7.0))
+    assert cqsnn.over_shards(np.square, items, threads=2) == [x * x for x in items]
+
+
 def test_sums_over_shards_are_closed_in_shard_order():
     parts = [np.array(x) for x in (1.0, 1e16, -1e16, 3.0)]
     assert cqsnn.sum_over_shards(parts) == ((1.0 + 1e16) - 1e16) + 3.0 == 3.0
