@@ -188,11 +188,8 @@ def check_arguments(args, steps):
         if getattr(args, name) is not None:
             cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
     if args.schedule is None:
-        every = (
-            ["streaming"]
-            if args.record is not None
-            else DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
-        )
+        own = DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
+        every = own if args.record is None else ["streaming"]
         args.schedule = [s for s in every if not s.isdecimal() or int(s) <= steps]
     for schedule in args.schedule:
         cqsnn.delay_of(schedule, steps)
@@ -726,21 +723,21 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def begun_report(args, device):
+def begun_report(args):
     """Return what every report says: the command, as a shell takes it, and where and when."""
     return {
         "command": shlex.join(["python", "train_cq.py", *args.command]),
         "versions": VERSIONS,
-        "device": device,
+        "device": args.device_name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **{n: getattr(args, n) for n in ("seed", "dataset", "hold_out", "limit")},
     }
 
 
-def convert_and_report(args, recipe, net, params, meta, folder, data, device):
+def convert_and_report(args, recipe, net, params, meta, folder, data):
     """Convert to every width, then simulate; write snn.npz, log, report.json and the pictures."""
     (images, _), test = data
-    report = begun_report(args, device) | {
+    report = begun_report(args) | {
         **{n: getattr(recipe, n) for n in ("net", "encoding", "levels", "shift", "steps")},
         "recipe": asdict(recipe),
         "epochs": dict(recipe.stages),
@@ -812,9 +809,9 @@ def train_and_convert(args):
     recipe = chosen_recipe(args)
     net = cqsnn.with_dropout(cqsnn.network(recipe.net, "--net"), recipe.dropout)
     check_arguments(args, recipe.steps)
-    xp, device = array_library(args.device, args.ranks.local)
+    xp, args.device_name = array_library(args.device, args.ranks.local)
     if args.tf32 and xp is np:
-        raise ValueError(f"--tf32: training on a CPU ({device}), expected a GPU")
+        raise ValueError(f"--tf32: training on a CPU ({args.device_name}), expected a GPU")
     data = load_data(args, xp)
     shape = data[0][0].shape[1:]
     cqsnn.output_shapes(net, shape, 2)  # refuse images that the network cannot take, first
@@ -833,7 +830,7 @@ def train_and_convert(args):
         print(f"{args.ranks.size} ranks, processes", *args.ranks.gather([os.getpid()]), flush=True)
     with locked(folder) if args.ranks.rank == 0 else contextlib.nullcontext():
         params, meta = train(args, recipe, net, folder, data, xp)
-        convert_and_report(args, recipe, net, params, meta, folder, data, device)
+        convert_and_report(args, recipe, net, params, meta, folder, data)
 
 
 def print_certificate(snn, schedule):
@@ -932,9 +929,9 @@ def explain_image(args, snn, test, schedule, index):
 
 def simulate_file(args):
     """Simulate an SNN file on a data set's test images, at its own T or at --steps."""
-    training = set(asdict(Recipe(""))) - {"steps"}
+    training, defaults = set(asdict(Recipe(""))) - {"steps"}, parser()
     for name in sorted(training | {"weight_bits", "channel_scales", "init", "resume", "tf32"}):
-        if getattr(args, name) is not parser().get_default(name):
+        if getattr(args, name) is not defaults.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: with --simulate, expected training")
     path = args.export_nir
     if path and os.path.exists(path) and os.path.samefile(path, args.simulate):
@@ -961,8 +958,8 @@ def simulate_file(args):
         found = f"{args.simulate}: a network of {snn.classes} classes"
         raise ValueError(f"{found}, expected the {classes} of {args.dataset}")
     asked = {digest: args.digest or None, explain: args.explain, record: args.record}
-    answer = next((f for f, asked in asked.items() if asked is not None), report_file)
-    answer(args, snn, test)
+    answers = [answer for answer, wish in asked.items() if wish is not None]
+    (answers or [report_file])[0](args, snn, test)
 
 
 def report_file(args, snn, test):
@@ -970,7 +967,7 @@ def report_file(args, snn, test):
     folder = args.out and Path(args.out)
     if folder and any((folder / name).exists() for name in ("model.npz", "snn.npz")):
         raise ValueError(f"--out: {folder}: holds a training and its report, expected another")
-    report = begun_report(args, args.device_name) | {"steps": snn.steps, "encoding": snn.encoding}
+    report = begun_report(args) | {"steps": snn.steps, "encoding": snn.encoding}
     writes = folder and args.ranks.rank == 0
     with locked(folder) if writes else contextlib.nullcontext():
         report |= simulate(args, snn, test)

@@ -75,13 +75,13 @@ def minutes(seconds):
 def command(report):
     """Return a run's command without what belongs to one machine (folders, --resume), and with
     options for what the data set's recipe said then and says no more."""
-    words = []  # [option, its values] of each
+    given = []  # [option, its values] of each
     for word in shlex.split(report["command"])[2:]:
         if word.startswith("--"):
-            words.append(word.split("=", 1))
+            given.append(word.split("=", 1))
         else:
-            words[-1].append(word)
-    options = {option: values for option, *values in words}  # the last one counts
+            given[-1].append(word)
+    options = {option: values for option, *values in given}  # the last one counts
     for option in ("--out", "--threads", "--resume"):
         options.pop(option, None)
     if "--data-dir" in options:
@@ -91,17 +91,16 @@ def command(report):
     if "recipe" not in report:
         return text
     asked = train_cq.parser().parse_args(words)
-    given = report.get("head_start", [0, 0])
-    if list(given) != list(train_cq.head_start_of(asked, report["encoding"], report["shift"])):
-        text += f" --head-start {given[0]:g} {given[1]:g}"
+    fractions = report.get("head_start", [0, 0])
+    if fractions != list(train_cq.head_start_of(asked, report["encoding"], report["shift"])):
+        text += " --head-start {:g} {:g}".format(*fractions)
     now = asdict(train_cq.chosen_recipe(asked))
     for name, value in (asdict(Recipe("")) | report["recipe"]).items():
         if value != now[name]:
             flag = name.replace("_", "-")
             on = isinstance(value, bool)
-            text += f" --{'' if value or not on else 'no-'}{flag}" + (
-                f" {shlex.quote(str(value))}" * (not on)
-            )
+            text += f" --{'' if value or not on else 'no-'}{flag}"
+            text += "" if on else f" {shlex.quote(str(value))}"
     return text
 
 
@@ -223,8 +222,7 @@ def write():
     found = {p.parent.name: json.loads(p.read_text()) for p in RESULTS.glob("*/report.json")}
     found = dict(sorted(found.items()))
     alone = {name: report for name, report in found.items() if "recipe" not in report}
-    trained = {name: report for name, report in found.items() if "recipe" in report}
-    held = {name: report for name, report in trained.items() if report.get("hold_out")}
+    held = {n: r for n, r in found.items() if n not in alone and r.get("hold_out")}
     lines = [INTRODUCTION.format(notes="Accuracies are in per cent.")]
     for name, report in found.items():
         lines += [] if name in alone or name in held else row(name, report)
