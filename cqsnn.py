@@ -1773,6 +1773,14 @@ def convert(
     return SpikingNetwork(*whole, encoding, tuple(layers))
 
 
+def charged(i, layer, b, v0):
+    """Return layer i with another bias and initial potential, whole numbers. Raises ValueError."""
+    if max(np.abs(a).max() for a in (b, v0) if a is not None) >= 2**31:
+        raise ValueError(f"layer {i}: b or v0 passes 2**31, expected a smaller head start or T")
+    b, v0 = (a if a is None else a.astype(np.int32) for a in (b, v0))
+    return replace(layer, b=b, v0=v0)
+
+
 def head_start(snn, first=7 / 8, others=1 / 4):
     """Return snn with v0 raised by these fractions of theta, in the first layer and in the others
     that have weights, rounded toward 0 to a multiple of T, and b lowered by as much over T steps;
@@ -1785,16 +1793,24 @@ def head_start(snn, first=7 / 8, others=1 / 4):
             starts = (snn.head_start, (first, others))
             old, new = (np.trunc(layer.theta * start[i > 0] / snn.steps) for start in starts)
             each = (new - old).astype(np.int64)
-            b, v0 = layer.b - each, layer.v0 + each * snn.steps
-            if max(np.abs(b).max(), np.abs(v0).max()) >= 2**31:
-                raise ValueError(f"layer {i}: a head start passes 2**31, expected a smaller one")
-            layers[i] = replace(layer, b=b.astype(np.int32), v0=v0.astype(np.int32))
+            layers[i] = charged(i, layer, layer.b - each, layer.v0 + each * snn.steps)
     return replace(snn, layers=tuple(layers), head_start=(first, others))
 
 
-def at_steps(snn, steps):
-    """Return snn for another T: the same weights, thresholds and, without head start, biases."""
-    return head_start(replace(head_start(snn, 0, 0), steps=steps), *snn.head_start)
+def at_steps(snn, steps, levels=None):
+    """Return snn for another T: the same weights, thresholds and, without head start, biases.
+    With levels, the L that it was trained at, T steps round to the same mean: floor(L u + h) / L
+    is u + (h - 1/2) / L, so each charge T b + v0 grows by (1 - T / L) (1/2 - h) theta, through b,
+    or v0 in a pooling. h = 1/2 has that at every T: no charge changes by more than rounding."""
+    start, snn = snn.head_start, replace(head_start(snn, 0, 0), steps=steps)
+    layers = list(snn.layers)
+    for i, layer in enumerate(layers if levels else ()):
+        charge = np.rint((1 - steps / levels) * (layer.theta / 2 - layer.v0))
+        if layer.fires and layer.w is None:
+            layers[i] = charged(i, layer, None, layer.v0 + charge)
+        elif layer.fires:
+            layers[i] = charged(i, layer, layer.b + np.rint(charge / steps), layer.v0)
+    return head_start(replace(snn, layers=tuple(layers)), *start)
 
 
 def scales(net, params, snn):

@@ -120,7 +120,8 @@ def add_recipe_options(p):
     p.add_argument("--net", metavar="NET", help=", ".join([*cqsnn.NETWORKS, text]))
     p.add_argument("--encoding", help="input as spikes or direct (pixel levels at every step)")
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
-    p.add_argument("--levels", type=int, metavar="L", help="levels of activations (default: T)")
+    text = "levels of activations (default: T); with --simulate, those that --steps round like"
+    p.add_argument("--levels", type=int, metavar="L", help=text)
     p.add_argument("--shift", type=float, help="added to a level before the floor: 0 or 0.5")
     for stage in cqsnn.ACTIVATIONS:
         p.add_argument(f"--{stage}-epochs", type=int, metavar="N", help=f"with {stage}")
@@ -929,7 +930,7 @@ def explain_image(args, snn, test, schedule, index):
 
 def simulate_file(args):
     """Simulate an SNN file on a data set's test images, at its own T or at --steps."""
-    training, defaults = set(asdict(Recipe(""))) - {"steps"}, parser()
+    training, defaults = set(asdict(Recipe(""))) - {"steps", "levels"}, parser()
     for name in sorted(training | {"weight_bits", "channel_scales", "init", "resume", "tf32"}):
         if getattr(args, name) is not defaults.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: with --simulate, expected training")
@@ -939,9 +940,10 @@ def simulate_file(args):
     if args.record is not None and os.path.exists(args.record):
         cqsnn.read_npz(args.record, cqsnn.VECTORS_FORMAT)  # nothing else is replaced
     snn = cqsnn.load_snn(args.simulate)
-    if args.steps is not None:
-        cqsnn.check_range("--steps", args.steps, 1, 10**6)
-        snn = cqsnn.at_steps(snn, args.steps)
+    for name in ("steps", "levels"):
+        if getattr(args, name) is not None:
+            cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**6)
+    snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
     cqsnn.check_choice("--dataset", args.dataset, RECIPES)
     check_arguments(args, snn.steps)
     snn = snn if args.head_start is None else cqsnn.head_start(snn, *args.head_start)
@@ -968,6 +970,7 @@ def report_file(args, snn, test):
     if folder and any((folder / name).exists() for name in ("model.npz", "snn.npz")):
         raise ValueError(f"--out: {folder}: holds a training and its report, expected another")
     report = begun_report(args) | {"steps": snn.steps, "encoding": snn.encoding}
+    report["levels"] = args.levels
     writes = folder and args.ranks.rank == 0
     with locked(folder) if writes else contextlib.nullcontext():
         report |= simulate(args, snn, test)

@@ -676,6 +676,48 @@ def test_a_head_start_brings_streaming_nearer_to_the_integer_cnn():
     assert errors[1] < errors[0]
 
 
+@given(st.data(), st.integers(1, 64), st.integers(1, 64))
+def test_law_15_at_other_steps_the_charge_rounds_to_the_mean_of_the_levels(data, steps, levels):
+    """T b + v0 grows by (1 - T / L) (1/2 - h) theta, which b holds but for half a unit a step; a
+    head start is over that, and h = 1/2 needs nothing."""
+    snn = data.draw(oracle.networks())
+    other = cqsnn.at_steps(snn, steps, levels)
+    for a, b in zip(snn.layers, other.layers, strict=True):
+        if not a.fires:
+            assert a is b
+            continue
+        wished = (1 - steps / levels) * (a.theta / 2 - a.v0)
+        if a.w is None:
+            assert (b.v0 == np.rint(a.v0 + wished)).all()
+        else:
+            assert (b.w is a.w) and (b.theta is a.theta) and (b.v0 == a.v0).all()
+            given_to = steps * (b.b.astype(int) - a.b)
+            assert (np.abs(given_to - wished) <= (steps + 1) / 2).all()
+    early = cqsnn.at_steps(cqsnn.head_start(snn, 0.5, 0.25), steps, levels)
+    assert_same_layers(early, cqsnn.head_start(other, 0.5, 0.25))
+    assert_same_layers(cqsnn.at_steps(snn, levels, levels), replace(snn, steps=levels))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("steps", [4, 8, 32])
+def test_counts_at_other_steps_have_the_mean_of_the_levels(steps, shift):
+    """Activations u spread evenly over [1/4, 3/4), whole periods of both staircases, in binary."""
+    theta = 2**20
+    u = np.arange(theta // 4, 3 * theta // 4, 64, dtype=np.int32)
+    first = cqsnn.SpikingLayer(
+        *("dense", 1, 1, 0, True, np.zeros((1, len(u)), np.int32), u),
+        *(np.array(theta, np.int32), np.array(shift * theta, np.int32)),
+    )
+    last = replace(first, fires=False, w=np.ones((len(u), 1), np.int32), b=np.zeros(1, np.int32))
+    snn = cqsnn.SpikingNetwork(16, (1, 1, 1), 1, 8, 1, "spikes", (first, last))
+    at_levels, at_mean, plain = (
+        int(cqsnn.integer_forward(network, np.zeros((1, 1, 1, 1), np.int32)).counts[0].sum())
+        for network in (snn, cqsnn.at_steps(snn, steps, 16), cqsnn.at_steps(snn, steps))
+    )
+    assert 16 * at_mean == steps * at_levels
+    assert (16 * plain == steps * at_levels) == (shift == 0.5)
+
+
 def test_a_head_start_that_passes_32_bits_is_refused():
     first = cqsnn.SpikingLayer(
         *("dense", 1, 1, 0, True, np.ones((1, 1), np.int32), np.full(1, -(2**31) + 1, np.int32)),
@@ -683,7 +725,7 @@ def test_a_head_start_that_passes_32_bits_is_refused():
     )
     last = replace(first, fires=False, b=np.zeros(1, np.int32))
     snn = cqsnn.SpikingNetwork(4, (1, 1, 1), 1, 8, 1, "spikes", (first, last))
-    with pytest.raises(ValueError, match=r"layer 0: a head start passes 2\*\*31"):
+    with pytest.raises(ValueError, match=r"layer 0: b or v0 passes 2\*\*31"):
         cqsnn.head_start(snn, 0.5, 0)
 
 

@@ -33,6 +33,11 @@ MUTATIONS = {
         "self.v += 0 * xp.asarray(sums.layer.v0, sums.integer)",
         SIMULATION,
     ),
+    "T steps that round by T / L the wrong way": (
+        "(1 - steps / levels)",
+        "(steps / levels - 1)",
+        SIMULATION,
+    ),
     "a head start that no bias pays for": (
         "b, v0 = layer.b - each, layer.v0 + each * snn.steps",
         "b, v0 = layer.b - 0 * each, layer.v0 + each * snn.steps",
