@@ -31,6 +31,8 @@ run, by which command, and what it gave. Seeds, hardware and dates stand with ea
 holds the data sets (`--data-dir`, `--download`). {notes}
 """
 NOT_RUN = RESULTS / "not-run.md"  # by hand: what has not been run
+OTHERS = RESULTS / "others.md"  # by hand: lines of the table beside(), as others report them
+OURS = ("cifar10-start", "cifar10-start-10bits", "cifar10", "cifar100")  # ours in that table
 
 
 def add(run, name):
@@ -195,6 +197,57 @@ def comparison(name, report):
     )
 
 
+def beside(found):
+    """Return the lines of a table of our main rows and of what others report."""
+    lines = [
+        "| data | network | CNN | spiking (steps to the answer) | weights, bits | training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in OURS:
+        report = found[name]
+        cells = [
+            {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[report["dataset"]],
+            f"`{report['net']}`, row `{name}`",
+            percent(report["cq_accuracy"]),
+            schedules(report),
+            str(report["weight_bits"]),
+            f"{sum(report['epochs'].values())} epochs, {report['pflop']:.3g} PFLOP, two cores",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines + OTHERS.read_text().splitlines()
+
+
+def draw_beside(pyplot, found):
+    """Accuracy on CIFAR-10 against the steps to the answer: the default network at several T, as
+    it is streamed, delayed or synchronous, and what others report of streaming."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    ours = [r for n, r in found.items() if n == "cifar10-start" or "cifar10-start-levels" in n]
+    series = {
+        f"this engine, wideconv, {train_cq.schedule_label(s)}": sorted(
+            (r["steps_to_answer"][s], 100 * r["snn_accuracy"][s])
+            for r in ours
+            if s in r["snn_accuracy"]
+        )
+        for s in ("streaming", "1", "synchronous")
+    }
+    for line in OTHERS.read_text().splitlines():
+        data, network, _, spiking = (cell.strip(" `") for cell in line.split("|")[1:5])
+        pairs = re.findall(r"([\d.]+) \((\d+)\)", spiking)
+        if data == "CIFAR-10" and pairs:
+            label = f"{network.replace('`', '')}, as reported"
+            series[label] = [(int(steps), float(accuracy)) for accuracy, steps in pairs]
+    for i, (label, points) in enumerate(series.items()):
+        style = {"color": train_cq.COLOURS[i], "marker": "osD^v<"[i], "alpha": 1 if i < 3 else 0.5}
+        axes.plot(*zip(*points), label=label, linestyle="-" if i < 3 else ":", **style)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="time steps to the answer", ylabel="accuracy of the spiking network, %")
+    axes.set_title("CIFAR-10: accuracy against latency, 10,000 test images")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
 def seeds(found):
     """Return the lines of a table of the runs that differ by their seed alone: mean and range."""
     alike = {}
@@ -224,6 +277,8 @@ def write():
     alone = {name: report for name, report in found.items() if "recipe" not in report}
     held = {n: r for n, r in found.items() if n not in alone and r.get("hold_out")}
     lines = [INTRODUCTION.format(notes="Accuracies are in per cent.")]
+    lines += ["## Beside others", "", *beside(found), "", "![](latency.png)", "", "## Runs", ""]
+    train_cq.save_pictures(RESULTS, {"latency": (draw_beside, found)})
     for name, report in found.items():
         lines += [] if name in alone or name in held else row(name, report)
     several = seeds({n: r for n, r in found.items() if n not in alone and n not in held})
