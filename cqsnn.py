@@ -1802,9 +1802,12 @@ def at_steps(snn, steps, levels=None):
     With levels, the L that it was trained at, T steps round to the same mean: floor(L u + h) / L
     is u + (h - 1/2) / L, so each charge T b + v0 grows by (1 - T / L) (1/2 - h) theta, through b,
     or v0 in a pooling. h = 1/2 has that at every T: no charge changes by more than rounding."""
+    levels = steps if levels is None else levels
+    for name, value in (("steps", steps), ("levels", levels)):
+        check_range(name, value, 1, 2**31 - 1)
     start, snn = snn.head_start, replace(head_start(snn, 0, 0), steps=steps)
     layers = list(snn.layers)
-    for i, layer in enumerate(layers if levels else ()):
+    for i, layer in enumerate(layers):
         charge = np.rint((1 - steps / levels) * (layer.theta / 2 - layer.v0))
         if layer.fires and layer.w is None:
             layers[i] = charged(i, layer, None, layer.v0 + charge)

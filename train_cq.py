@@ -559,7 +559,7 @@ def draw_latency(pyplot, report):
         axes.plot(steps, values, color=COLOURS[i], marker="os"[i], linestyle=STYLES[i], label=label)
         for name, x, y in zip(block["snn_accuracy"], steps, values):
             where = {"textcoords": "offset points", "ha": "center", "fontsize": 7}
-            axes.annotate(name, (x, y), (0, -13), **where)
+            axes.annotate(name, (x, y), (0, (7, -13)[i]), **where)
         exact = block["integer_accuracy"]
         label = f"integer CNN, {encoding} input ({exact:.4f})"
         axes.axhline(exact, color=COLOURS[i], linewidth=0.8, alpha=0.6, label=label)

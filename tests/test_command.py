@@ -730,6 +730,21 @@ def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):
     assert digests == [cqsnn.spike_digest(snn, k0, s) for s in ("streaming", "2")]
 
 
+@pytest.mark.parametrize("steps", [[], ["--steps", "5"]])
+def test_simulate_rounds_to_the_levels_asked_for(steps, quick, tmp_path):
+    how = ["--simulate", quick / "run" / "snn.npz", "--limit", "9", "--schedule", "streaming"]
+    done = train_cq(tmp_path, *how, *steps, "--levels", "3", "--digest")
+    assert_works(done)
+    snn = cqsnn.load_snn(how[1])
+    images = cqsnn.load_dataset("digits", ROOT / "data")[1][0][:9]
+    snn = cqsnn.at_steps(snn, int(steps[1]) if steps else snn.steps, 3)
+    wanted = cqsnn.spike_digest(snn, cqsnn.predicted(snn, images), "streaming")
+    assert done.stdout.split()[-1] == wanted
+    assert_refused(train_cq(tmp_path, *how, *steps, "--levels", "0"), "--levels: 0", "1 to")
+    assert_works(train_cq(tmp_path, *how, *steps, "--levels", "3", "--out", "out"))
+    assert report_of(tmp_path / "out")["levels"] == 3
+
+
 def test_a_network_of_other_classes_and_two_questions_at_once_are_refused(quick, tmp_path):
     how = ("--simulate", str(quick / "run" / "snn.npz"))
     snn = cqsnn.load_snn(how[1])

@@ -696,6 +696,10 @@ def test_law_15_at_other_steps_the_charge_rounds_to_the_mean_of_the_levels(data,
     early = cqsnn.at_steps(cqsnn.head_start(snn, 0.5, 0.25), steps, levels)
     assert_same_layers(early, cqsnn.head_start(other, 0.5, 0.25))
     assert_same_layers(cqsnn.at_steps(snn, levels, levels), replace(snn, steps=levels))
+    assert_same_layers(cqsnn.at_steps(snn, steps), replace(snn, steps=steps))
+    for wrong in ({"steps": 0}, {"steps": 4, "levels": 0}):
+        with pytest.raises(ValueError, match=r"(steps|levels): 0, expected 1 to"):
+            cqsnn.at_steps(snn, **wrong)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.25, 0.5])
