@@ -220,25 +220,30 @@ def beside(found):
 def draw_beside(pyplot, found):
     """Accuracy on CIFAR-10 against the steps to the answer: the default network at several T, as
     it is streamed, delayed or synchronous, and what others report of streaming."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    ours = [r for n, r in found.items() if n == "cifar10-start" or "cifar10-start-levels" in n]
-    series = {
-        f"this engine, wideconv, {train_cq.schedule_label(s)}": sorted(
-            (r["steps_to_answer"][s], 100 * r["snn_accuracy"][s])
-            for r in ours
-            if s in r["snn_accuracy"]
-        )
-        for s in ("streaming", "1", "synchronous")
-    }
+    figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    series = {}
+    for bits, rows in (
+        (8, r"cifar10-start(-levels-at-\d+)?"),
+        (10, r"cifar10-start-10bits(-at-\d+)?"),
+    ):
+        ours = [report for name, report in found.items() if re.fullmatch(rows, name)]
+        for schedule in ("streaming", "1", "synchronous"):
+            series[f"wideconv, {bits} bits, {train_cq.schedule_label(schedule)}"] = sorted(
+                (report["steps_to_answer"][schedule], 100 * report["snn_accuracy"][schedule])
+                for report in ours
+                if schedule in report["snn_accuracy"]
+            )
     for line in OTHERS.read_text().splitlines():
         data, network, _, spiking = (cell.strip(" `") for cell in line.split("|")[1:5])
         pairs = re.findall(r"([\d.]+) \((\d+)\)", spiking)
         if data == "CIFAR-10" and pairs:
             label = f"{network.replace('`', '')}, as reported"
             series[label] = [(int(steps), float(accuracy)) for accuracy, steps in pairs]
+    series = {label: points for label, points in series.items() if points}
     for i, (label, points) in enumerate(series.items()):
-        style = {"color": train_cq.COLOURS[i], "marker": "osD^v<"[i], "alpha": 1 if i < 3 else 0.5}
-        axes.plot(*zip(*points), label=label, linestyle="-" if i < 3 else ":", **style)
+        style = {"color": train_cq.COLOURS[i % 7], "marker": "osDPX^v<"[i]}
+        reported = {"linestyle": ":", "alpha": 0.5} if "reported" in label else {}
+        axes.plot(*zip(*points), label=label, **style, **reported)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="time steps to the answer", ylabel="accuracy of the spiking network, %")
