@@ -1799,18 +1799,19 @@ def head_start(snn, first=7 / 8, others=1 / 4):
 
 def at_steps(snn, steps, levels=None):
     """Return snn for another T: the same weights, thresholds and, without head start, biases.
-    With levels, the L that it was trained at, T steps round to the same mean: floor(L u + h) / L
-    is u + (h - 1/2) / L, so each charge T b + v0 grows by (1 - T / L) (1/2 - h) theta, through b,
-    or v0 in a pooling. h = 1/2 has that at every T: no charge changes by more than rounding."""
+    With levels, the L that it was trained at, T steps round to the same mean. A charge is whole,
+    so floor((U + v0) / theta) is (U + v0 - (theta - 1) / 2) / theta in the mean, and T / L of what
+    is beside U stays if v0 grows by (1 - T / L) ((theta - 1) / 2 - v0): through b where there is
+    one, which a head start is over. Little is left to do where h = 1/2. Raises ValueError."""
     levels = steps if levels is None else levels
     for name, value in (("steps", steps), ("levels", levels)):
         check_range(name, value, 1, 2**31 - 1)
     start, snn = snn.head_start, replace(head_start(snn, 0, 0), steps=steps)
     layers = list(snn.layers)
     for i, layer in enumerate(layers):
-        charge = np.rint((1 - steps / levels) * (layer.theta / 2 - layer.v0))
+        charge = (1 - steps / levels) * ((layer.theta - 1) / 2 - layer.v0)
         if layer.fires and layer.w is None:
-            layers[i] = charged(i, layer, None, layer.v0 + charge)
+            layers[i] = charged(i, layer, None, layer.v0 + np.rint(charge))
         elif layer.fires:
             layers[i] = charged(i, layer, layer.b + np.rint(charge / steps), layer.v0)
     return head_start(replace(snn, layers=tuple(layers)), *start)

@@ -943,7 +943,8 @@ def simulate_file(args):
     for name in ("steps", "levels"):
         if getattr(args, name) is not None:
             cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**6)
-    snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
+    if args.steps or args.levels:
+        snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
     cqsnn.check_choice("--dataset", args.dataset, RECIPES)
     check_arguments(args, snn.steps)
     snn = snn if args.head_start is None else cqsnn.head_start(snn, *args.head_start)

@@ -32,7 +32,7 @@ holds the data sets (`--data-dir`, `--download`). {notes}
 """
 NOT_RUN = RESULTS / "not-run.md"  # by hand: what has not been run
 OTHERS = RESULTS / "others.md"  # by hand: lines of the table beside(), as others report them
-OURS = ("cifar10-start", "cifar10-start-10bits", "cifar10", "cifar100")  # ours in that table
+OURS = ("cifar10-start", "cifar10-start-10bits", "cifar100")  # ours in that table
 
 
 def add(run, name):
@@ -211,7 +211,7 @@ def beside(found):
             percent(report["cq_accuracy"]),
             schedules(report),
             str(report["weight_bits"]),
-            f"{sum(report['epochs'].values())} epochs, {report['pflop']:.3g} PFLOP, two cores",
+            f"{sum(report['epochs'].values())} epochs, {report['pflop']:.3g} PFLOP, a CPU",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines + OTHERS.read_text().splitlines()
@@ -241,7 +241,7 @@ def draw_beside(pyplot, found):
             series[label] = [(int(steps), float(accuracy)) for accuracy, steps in pairs]
     series = {label: points for label, points in series.items() if points}
     for i, (label, points) in enumerate(series.items()):
-        style = {"color": train_cq.COLOURS[i % 7], "marker": "osDPX^v<"[i]}
+        style = {"color": train_cq.COLOURS[i % 7], "marker": "osDPX^v<"[i % 8]}
         reported = {"linestyle": ":", "alpha": 0.5} if "reported" in label else {}
         axes.plot(*zip(*points), label=label, **style, **reported)
     axes.set_xscale("log", base=2)
