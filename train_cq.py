@@ -170,8 +170,8 @@ def chosen_recipe(args):
             raise ValueError(f"--{name}: {value}, expected 0 to {high}")
     if not 0 < recipe.lr < float("inf"):
         raise ValueError(f"--lr: {recipe.lr}, expected more than 0")
-    if not recipe.stages:
-        raise ValueError("--clamp-epochs: no stage has epochs, expected at least one")
+    if not recipe.stages and args.init is None:
+        raise ValueError("--clamp-epochs: no stage has epochs, expected at least one, or --init")
     return recipe
 
 
@@ -705,11 +705,12 @@ def forecast(args, recipe, net, params, data, epochs):
     two training steps on a copy of the parameters: forward is a third of one, and a schedule
     costs a forward for each step that is simulated one by one, and one for its delay."""
     (images, labels), (tested, _) = data
+    some = recipe if recipe.stages else replace(recipe, quantize_epochs=1)
     few = min(recipe.batch, len(images))
     for _ in range(2):  # the first one warms up
         began = time.perf_counter()
         trial = net, {k: a.copy() for k, a in params.items()}, {}, images[:few], labels[:few]
-        cqsnn.train_epoch(*trial, recipe, args.seed, 0, lambda n: None, **args.how)
+        cqsnn.train_epoch(*trial, some, args.seed, 0, lambda n: None, **args.how)
         seconds = (time.perf_counter() - began) / few
     forwards = 0
     for brief in [False, *[True] * (len(set(args.weight_bits)) - 1)]:
@@ -821,7 +822,7 @@ def train_and_convert(args):
     if args.resume and not (folder / "model.npz").exists():
         wrong = f"--resume: {folder / 'model.npz'}: no such file"
         raise ValueError(f"{wrong}, expected a run to go on with")
-    stages = ", ".join(f"{n} epochs {name}" for name, n in recipe.stages)
+    stages = ", ".join(f"{n} epochs {name}" for name, n in recipe.stages) or "no training"
     print(
         f"{args.dataset}: {len(data[0][0]):,} images to train, {len(data[1][0]):,} to test; "
         f"network {recipe.net}; {stages}; T = {recipe.steps}; {folder}",

@@ -1,12 +1,14 @@
 """How far streaming and a delay of 1 are from the integer CNN, by head start, on training images.
 
-    python benchmarks/head_start.py SNN.npz DATASET DATA_DIR [IMAGES]
+    python benchmarks/head_start.py SNN.npz DATASET DATA_DIR [--images N] [--steps T] [--levels L]
 
-Prints, for each pair of fractions (first layer, others), the root mean square error of the logits,
-over the deviation of the integer CNN's about each image's mean: what the fractions in train_cq.py
-were chosen by. Images are the last of the training set (default: 100); a file's own T is taken.
+Prints, for each pair of thresholds' fractions (first layer, others) at which potentials start, the
+shift h included, the root mean square error of the logits, over the deviation of the integer CNN's
+about each image's mean: what the fractions in train_cq.py and the README were chosen by. Options
+are those of `train_cq.py --simulate`, whose --head-start takes such fractions less h.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,8 +19,12 @@ import numpy as np
 import cqsnn
 
 PAIRS = {
-    "direct": [(0, 0), (1 / 2, 1 / 2), *((7 / 8, x / 8) for x in (0, 1, 2, 3, 4))],
-    "spikes": [(0, 0), (1 / 2, 1 / 4), (-1 / 2, 0), (-1, 0), (-3 / 2, 0)],
+    "direct": [
+        (0, 0),
+        (1 / 2, 1 / 2),
+        *((x, y / 8) for x in (0.875, 0.95, 0.99) for y in range(5)),
+    ],
+    "spikes": [(0, 0), (1 / 2, 1 / 4), *((x, y) for x in (-1 / 2, -1, -2) for y in (0, 1 / 4))],
 }
 SCHEDULES = ("streaming", "1")
 
@@ -31,17 +37,24 @@ def error(snn, k0, schedule, exact):
 
 def main():
     """Read the command line; print a line for each pair."""
-    if len(sys.argv) not in (4, 5):
-        raise SystemExit(f"{len(sys.argv) - 1} words, expected SNN.npz DATASET DATA_DIR [IMAGES]")
-    path, dataset, data_dir, *images = sys.argv[1:]
-    snn = cqsnn.head_start(cqsnn.load_snn(path), 0, 0)
-    (pixels, _), _ = cqsnn.load_dataset(dataset, data_dir)
-    k0 = cqsnn.predicted(snn, pixels[-int(*images or [100]) :])
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    for name in ("snn", "dataset", "data_dir"):
+        p.add_argument(name)
+    p.add_argument("--images", type=int, default=100, help="the last of the training set")
+    for name in ("steps", "levels"):
+        p.add_argument(f"--{name}", type=int)
+    args = p.parse_args()
+    snn = cqsnn.head_start(cqsnn.load_snn(args.snn), 0, 0)
+    snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
+    shift = float((snn.layers[0].v0 / snn.layers[0].theta).mean())
+    (pixels, _), _ = cqsnn.load_dataset(args.dataset, args.data_dir)
+    k0 = cqsnn.predicted(snn, pixels[-args.images :])
     exact = cqsnn.integer_forward(snn, k0).logits.astype(np.float64)
-    print(f"{path}: {len(k0)} training images of {dataset}, {snn.encoding} input, T = {snn.steps}")
+    print(f"{args.snn}: {len(k0)} images of {args.dataset}, {snn.encoding} input, T = {snn.steps}")
     print(f"{'first':>7} {'others':>7} " + " ".join(f"{s:>10}" for s in SCHEDULES))
     for pair in PAIRS[snn.encoding]:
-        network = cqsnn.head_start(snn, *pair)
+        network = cqsnn.head_start(snn, pair[0] - shift, pair[1] - shift)
         errors = [error(network, k0, schedule, exact) for schedule in SCHEDULES]
         print("{:7.3f} {:7.3f} ".format(*pair) + " ".join(f"{e:10.3f}" for e in errors), flush=True)
 

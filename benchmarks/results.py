@@ -124,7 +124,7 @@ def start(block):
 
 def row(name, report):
     """Return the lines of one run."""
-    epochs = ", ".join(f"{n} {stage}" for stage, n in report["epochs"].items())
+    epochs = ", ".join(f"{n} {stage}" for stage, n in report["epochs"].items()) or "no"
     training, simulating = (report["seconds"][name] for name in ("train", "simulate"))
     spent = f"{minutes(training)} training, {minutes(sum(simulating.values()))} simulation"
     lines = [

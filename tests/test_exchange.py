@@ -271,6 +271,17 @@ def test_init_starts_from_the_weights_of_a_file(tmp_path):
     other, _, _ = cqsnn.load_model(tmp_path / "again" / "model.npz")
     assert all((other[key] == wanted[key]).all() for key in ("0.w", "2.w", "4.w"))
 
+    none = ["--limit", "40", "--clamp-epochs", "0", "--quantize-epochs", "0", "--levels", "3"]
+    assert_refused(train_cq(tmp_path, *none, "--out", "none"), "no stage has epochs", "--init")
+    for _ in range(2):  # a run that is over may be run again
+        done = train_cq(tmp_path, *none, "--steps", "4", "--init", "run/model.npz", "--out", "none")
+        assert_works(done)
+    assert "no training" in done.stdout
+    other, _, meta = cqsnn.load_model(tmp_path / "none" / "model.npz")
+    same = {key for key in params if np.array_equal(other[key], params[key])}
+    assert params.keys() - same == {f"{i}.{name}" for i in (0, 2) for name in ("mean", "var")}
+    assert meta["log"] == [] and (tmp_path / "none" / "snn.npz").exists()
+
     state["features.0.weight"] = np.zeros((32, 3, 3, 3))
     np.savez(tmp_path / "colour.npz", **state)
     done = train_cq(tmp_path, *QUICK, "--init", "colour.npz", "--out", "third")
