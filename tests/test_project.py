@@ -1,6 +1,7 @@
 """The shape of the project: sizes, folders and what an import brings along."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,15 @@ def test_top_level_holds_only_what_is_listed():
     except FileNotFoundError:
         pytest.skip("git is not installed")
     assert {path.split("/")[0] for path in tracked.splitlines()} - TOP_LEVEL == set()
+
+
+def test_every_mutation_has_one_place_in_the_module():
+    """tests/audit/mutations.py is too long to run each time; that it can be run is seen here."""
+    mutations = runpy.run_path(str(ROOT / "tests" / "audit" / "mutations.py"))["MUTATIONS"]
+    source = (ROOT / "cqsnn.py").read_text()
+    assert {name: source.count(old) for name, (old, _, _) in mutations.items()} == dict.fromkeys(
+        mutations, 1
+    )
 
 
 @pytest.mark.parametrize("module", ["cqsnn", "train_cq"])

@@ -39,8 +39,8 @@ MUTATIONS = {
         SIMULATION,
     ),
     "a head start that no bias pays for": (
-        "b, v0 = layer.b - each, layer.v0 + each * snn.steps",
-        "b, v0 = layer.b - 0 * each, layer.v0 + each * snn.steps",
+        "charged(i, layer, layer.b - each,",
+        "charged(i, layer, layer.b,",
         SIMULATION,
     ),
     "swap rows and columns of a kernel": (
