@@ -86,6 +86,7 @@ def to_host(x):
 
 C_NAMES = {"float32": "float", "float64": "double", "int32": "int", "int64": "long long"}
 C_NAMES |= {"float16": "unsigned short", "uint8": "unsigned char"}  # halves are only moved
+C_NAMES |= {"complex128": "uint4"}  # 16 bytes of anything, moved at once
 
 
 @functools.cache
@@ -387,21 +388,25 @@ extern "C" __global__ void im2col(const ELEMENT *x, unsigned height, unsigned wi
   unsigned column = rest % columns; rest /= columns;
   unsigned row = rest % rows, image = rest / rows;
   unsigned y = row * stride + k - pad, z = column * stride + l - pad;  // outside: huge
+  const ELEMENT zero = {};
   bool inside = y < height && z < width;
-  cols[i] = inside ? x[(((size_t)image * height + y) * width + z) * channels + c] : (ELEMENT)0;
+  cols[i] = inside ? x[(((size_t)image * height + y) * width + z) * channels + c] : zero;
 }"""
 
 
 def im2col(x, size, stride, pad, dtype):
     """Return im2col of x (N, H, W, C), any real type, at once and on a GPU: (N*Ho*Wo, K*K*C) in
     dtype (float16, float32 or float64), zeros beyond the borders. The same rows as those that
-    NumPy copies in `column_blocks`; x is converted before it is multiplied K*K times."""
+    NumPy copies in `column_blocks`; x is converted before it is multiplied K*K times, and moved
+    16 bytes at a time where its channels fill them."""
     xp, (n, height, width, channels) = array_module(x), x.shape
     x = xp.ascontiguousarray(x.astype(dtype, copy=False))
     rows, columns = output_size(x.shape, size, stride, pad)
     cols = xp.empty((n * rows * columns, size * size * channels), dtype)
-    geometry = height, width, channels, size, stride, pad, rows, columns
-    launch(IM2COL, cols.size, x, *geometry, cols, ELEMENT=dtype)
+    wide = dtype if channels * x.itemsize % 16 else np.complex128
+    source, target = x.view(wide), cols.view(wide)
+    geometry = height, width, source.shape[3], size, stride, pad, rows, columns
+    launch(IM2COL, target.size, source, *geometry, target, ELEMENT=wide)
     return cols
 
 
@@ -781,29 +786,57 @@ def column_sums(x):
     return (xp.ones(rows.shape[1], x.dtype) @ rows).sum(0, dtype=np.float64)
 
 
+MOMENTS = """
+extern "C" __global__ void moments(const REAL *z, unsigned rows, unsigned channels,
+    unsigned strip, REAL *sums, unsigned n) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // of a strip of rows, one channel
+  if (i >= n) return;
+  unsigned c = i % channels, first = i / channels * strip;
+  REAL about = z[c], sum = 0, squares = 0;
+  for (unsigned row = first; row < first + strip && row < rows; row++) {
+    REAL deviation = z[(size_t)row * channels + c] - about;
+    sum += deviation;
+    squares += deviation * deviation;
+  }
+  sums[i] = sum;
+  sums[n + i] = squares;
+}"""
+
+
 def moments(z):
-    """Return, for each block of a shard z (..., C), its number of rows, their mean and summed
-    squared deviation from it. Both are taken about a mean m rounded to the type of z, so that
-    nothing cancels where it is large: with d = z - m, sum d^2 - (sum d)^2 / count."""
+    """Return, for each block of a shard z (..., C), its number of rows, an m of the type of z, and
+    in float64 the sums (2, C) of z - m and of its square. So that nothing cancels where the mean is
+    large, m is the mean of a block; on a GPU, where a shard is one, its first row."""
+    channels = z.shape[-1]
+    if array_module(z) is not np:
+        z = array_module(z).ascontiguousarray(z)
+        rows = z.size // channels
+        sums = array_module(z).empty((2, -(-rows // 64), channels), z.dtype)
+        launch(MOMENTS, sums.size // 2, z, rows, channels, 64, sums, REAL=z.dtype)
+        return [(rows, z.reshape(-1, channels)[0], sums.sum(1, dtype=np.float64))]
     found = []
-    for index in cached_blocks(z.shape) if array_module(z) is np else [slice(None)]:
+    for index in cached_blocks(z.shape):
         part = z[index]
-        count = part.size // part.shape[-1]
+        count = part.size // channels
         about = (column_sums(part) / count).astype(z.dtype)
         deviation = part - about
-        off = column_sums(deviation) / count
+        off = column_sums(deviation)
         deviation *= deviation
-        found.append((count, about + off, column_sums(deviation) - count * off**2))
+        found.append((count, about, np.stack([off, column_sums(deviation)])))
     return found
 
 
 def batch_moments(found):
-    """Return count, mean and variance (population) of all shards, from the `moments` of each."""
-    counts, means, spreads = zip(*itertools.chain(*found))
-    count = sum(counts)
-    mean = sum_over_shards([n * m for n, m in zip(counts, means)]) / count
-    offsets = (n * (m - mean) ** 2 for n, m in zip(counts, means))
-    return count, mean, sum_over_shards([*spreads, *offsets]) / count
+    """Return count, mean and variance (population) of all shards, from the `moments` of each: with
+    d = z - m, sum (z - mean)^2 = sum d^2 - (sum d)^2 / count."""
+    counts, about, sums = zip(*itertools.chain(*found))
+    xp, count = array_module(sums[0]), sum(counts)
+    n, sums = xp.array(counts)[:, None], xp.stack(sums)
+    off = sums[:, 0] / n
+    means = xp.stack(about) + off
+    mean = (n * means).sum(0) / count
+    spread = sums[:, 1] - n * off**2
+    return count, mean, xp.concatenate([spread, n * (means - mean) ** 2]).sum(0) / count
 
 
 ACTIVATIONS = ("relu", "clamp", "quantize")  # in the order of the stages

@@ -25,6 +25,7 @@ HEADER = """
 #include <utility>
 struct Index { unsigned x, y, z; };
 static Index blockIdx, threadIdx, blockDim, gridDim;
+struct uint4 { unsigned x, y, z, w; };
 #define __global__
 using std::floor;
 """

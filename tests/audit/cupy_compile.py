@@ -23,7 +23,7 @@ CUPYS_OWN = ("--device-as-default-execution-space",)  # what CuPy adds to a RawK
 TYPES = {
     "REAL": ("float32", "float64"),
     "WHOLE": ("int32", "int64"),
-    "ELEMENT": ("float16", "float32", "float64"),
+    "ELEMENT": ("float16", "float32", "float64", "complex128"),
 }
 
 
