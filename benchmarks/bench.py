@@ -14,6 +14,7 @@ made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.m
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -60,7 +61,7 @@ def table_of_cases(device, quick):
         "train-allconv": ("train", "allconv", (8, 500, 5000), (8, 500, 500), (16, 16, 16)),
         "train-vgg": ("train", "vgg*", (4, 32, 2560), (4, 32, 256), (16, 16, 16)),
         "simulate-lenet": ("simulate", "lenet*", (2 * n, 24 * n, 512), (None,) * 3, (8, 100, 100)),
-        "simulate-vgg": ("simulate", "vgg*", (n, 8 * n, 128), (None,) * 3, (4, 16, 100)),
+        "simulate-vgg": ("simulate", "vgg*", (n, 8 * n, 256), (None,) * 3, (4, 16, 16)),
     }
     if device == "gpu":  # CIFAR-10 has 50,000 images; with Adam in both
         cases["epoch-vgg"] = ("epoch", "vgg*", (8, 0, 50_000), (4, 0, 256), (16, 0, 16))
@@ -167,12 +168,14 @@ class Engine(NamedTuple):
     environment: dict
 
 
-def engines(case, peer_python, at_once):
+def engines(case, device, peer_python, at_once):
     """Return {name: Engine} of a case, in the order in which they take turns.
-    at_once {layout: images} is what the peer simulates together."""
+    at_once {layout: images} is what the peer simulates together. What glibc does with memory is
+    nothing to a peer on a GPU."""
     peer = "PyTorch" if case.kind != "simulate" else "SpikingJelly"
     found = {"ours": Engine(sys.executable, "peer_cqsnn.py", {"schedule": "streaming"}, {})}
-    for suffix, allocator in (("", {}), (", memory kept", KEPT)):
+    allocators = {"": {}} if device == "gpu" else {"": {}, ", memory kept": KEPT}
+    for suffix, allocator in allocators.items():
         for layout in LAYOUTS:
             told = {"layout": layout, "at_once": at_once.get(layout)}
             engine = Engine(peer_python, "peer_torch.py", told, allocator)
@@ -188,12 +191,13 @@ def engines(case, peer_python, at_once):
 
 
 class Worker:
-    """A process of an engine that has prepared a case. Raises ValueError where it stops."""
+    """A process of an engine, which is told a case once it has started: several start at once.
+    Raises ValueError where it stops."""
 
-    def __init__(self, name, engine, case, log):
+    def __init__(self, name, engine, log):
         own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         own |= engine.environment
-        self.name, self.log = name, log
+        self.name, self.log, self.told = name, log, engine.told
         with open(log, "w") as errors:
             self.process = subprocess.Popen(
                 [engine.python, HERE / engine.script],
@@ -203,10 +207,14 @@ class Worker:
                 text=True,
                 env=own,
             )
-        self.facts = self.ask(case | engine.told)
-        if "wrong" in self.facts:
-            self.close()
-            raise ValueError(f"{name}: not timed: {self.facts['wrong']}")
+
+    def prepare(self, case):
+        """Let it prepare a case and run it once; return what it found out."""
+        facts = self.ask(case | self.told)
+        if "wrong" in facts:
+            raise ValueError(f"{self.name}: not timed: {facts['wrong']}")
+        self.ask("warm up")
+        return facts
 
     def ask(self, message):
         """Send a line, wait for the answer."""
@@ -231,13 +239,14 @@ def measure(found, case, rounds, work):
     with contextlib.ExitStack() as stack:
         workers = []
         for i, (name, engine) in enumerate(found.items()):
+            workers.append(Worker(name, engine, work / f"{i}.log"))
+            stack.callback(workers[-1].close)
+        for worker in workers:
             try:
-                workers.append(Worker(name, engine, case, work / f"{i}.log"))
-                stack.callback(workers[-1].close)
-                workers[-1].ask("warm up")
-                rows[name] = workers[-1].facts | {"seconds": []}
+                rows[worker.name] = worker.prepare(case) | {"seconds": []}
             except ValueError as error:
                 failed.append(str(error))
+                worker.close()
         workers = [worker for worker in workers if worker.name in rows]
         for _ in range(rounds):
             for worker in workers:
@@ -269,16 +278,14 @@ def machine(options, peer_python, work):
 
 def choose_at_once(case, told, peer_python, work, quick):
     """Return {layout: how many images the peer simulates together}: the fastest of some."""
-    gpu, best = told["device"] == "gpu", {}
-    choices = (1,) if quick else (16, 64, 256) if gpu else (1, 4, 16)
-    for layout in LAYOUTS:
-        seconds = {}
-        for n in choices:
-            engine = Engine(peer_python, "peer_torch.py", {"layout": layout, "at_once": n}, {})
-            rows, failed = measure({layout: engine}, told, 1, work)
-            seconds[n] = float("inf") if failed else min(rows[layout]["seconds"])
-        best[layout] = min(seconds, key=seconds.get)
-    return best
+    choices = (1,) if quick else (16, 64, 256) if told["device"] == "gpu" else (1, 4, 16)
+    found = {
+        (layout, n): Engine(peer_python, "peer_torch.py", {"layout": layout, "at_once": n}, {})
+        for layout, n in itertools.product(LAYOUTS, choices)
+    }
+    rows, _ = measure(found, told, 1, work)
+    seconds = {how: rows[how]["seconds"] if how in rows else [float("inf")] for how in found}
+    return {layout: min(choices, key=lambda n: seconds[layout, n]) for layout in LAYOUTS}
 
 
 def start_up(rounds):
@@ -435,10 +442,11 @@ def startup_lines(seconds):
 
 def versions(peer_python):
     """Return the versions of Python and of the packages on both sides."""
-    pinned = subprocess.run([peer_python, "-m", "pip", "freeze"], capture_output=True, text=True)
-    found = dict(line.split("==") for line in pinned.stdout.splitlines() if "==" in line)
+    names = ("torch", "spikingjelly")
+    code = f"import importlib.metadata as m; print(*map(m.version, {names}))"
+    told = subprocess.run([peer_python, "-c", code], capture_output=True, text=True, check=True)
     ours = {f"our {n}": importlib.metadata.version(n) for n in ("numpy", "threadpoolctl")}
-    peers = {n: found[n] for n in ("torch", "spikingjelly")}
+    peers = dict(zip(names, told.stdout.split()))
     return {"python": platform.python_version(), "cqsnn": cqsnn.__version__, **ours, **peers}
 
 
@@ -450,7 +458,9 @@ def run_case(name, case, options, peer_python, work):
     if case.kind == "simulate":
         at_once = choose_at_once(case, told, peer_python, work, options.quick)
         known["at_once"] = at_once
-    rows, failed = measure(engines(case, peer_python, at_once), told, options.rounds, work)
+    rows, failed = measure(
+        engines(case, options.device, peer_python, at_once), told, options.rounds, work
+    )
     return {"case": case._asdict(), "known": known, "rows": rows, "failed": failed}
 
 
@@ -505,7 +515,7 @@ def measure_all(options, peer_python, work, show):
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["bench.py", *sys.argv[1:]]),
         "device": options.device,
-        "hardware": train_cq.cpu_name(),
+        "hardware": train_cq.array_library(options.device)[1],
         "versions": versions(peer_python),
         "rounds": options.rounds,
     }
