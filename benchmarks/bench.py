@@ -8,7 +8,7 @@ and in turns (ours, peer, ours, peer ...) while nothing else runs; growth of tim
 batch and depth; start-up; and the machine's own speed, of which the table gives fractions. A peer
 whose gradients or spike counts are not ours is not timed. Virtual environments for the peers are
 made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.md (the table).
---device gpu (CuPy, and PyTorch on CUDA) HAS NOT YET BEEN RUN: no machine with a GPU was at hand.
+Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg alone has been run: see results/bench-gpu.md.
 """
 
 import argparse
@@ -510,7 +510,8 @@ def parse(arguments):
 
 
 def measure_all(options, peer_python, work, show):
-    """Measure what was asked for, show(lines) each table as it comes; return all results."""
+    """Measure what was asked for, show(lines, results so far) each table as it comes; return all
+    results."""
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["bench.py", *sys.argv[1:]]),
@@ -520,19 +521,19 @@ def measure_all(options, peer_python, work, show):
         "rounds": options.rounds,
     }
     speeds, result["machine"] = machine(options, peer_python, work)
-    show(head_lines(result, speeds))
+    show(head_lines(result, speeds), result)
     result["cases"] = {}
     for name, case in options.cases.items():
         if name in options.only:
             found = run_case(name, case, options, peer_python, work)
             result["cases"][name] = found
-            show(case_lines(name, case, found, speeds))
+            show(case_lines(name, case, found, speeds), result)
     if "growth" in options.only:
         result["growth"] = run_growth(options, work)
-        show(growth_lines(result["growth"]))
+        show(growth_lines(result["growth"]), result)
     if "startup" in options.only:
         result["startup"] = seconds = start_up(5 * options.rounds)
-        show(startup_lines(seconds))
+        show(startup_lines(seconds), result)
     return result
 
 
@@ -544,17 +545,16 @@ def main(arguments=None):
         work = envs / f"cases-{options.device}"
         work.mkdir(parents=True, exist_ok=True)
 
-        def show(more):
+        def show(more, result):  # and keep it: a run that is stopped has written what it had
             for line in more:
                 lines.append(line)
                 print(line, flush=True)
+            texts = {"json": json.dumps(result, indent=1), "md": "\n".join(lines)}
+            for end, text in texts.items() if options.out else ():
+                write = lambda file, text=text: file.write(text.encode())  # noqa: E731
+                cqsnn.write_file(options.out / f"bench-{options.device}.{end}", write)
 
         result = measure_all(options, environment(options.device, envs), work, show)
-        if options.out:
-            name, text = f"bench-{options.device}", json.dumps(result, indent=1)
-            for end, content in (("json", text), ("md", "\n".join(lines))):
-                write = lambda file, content=content: file.write(content.encode())  # noqa: E731
-                cqsnn.write_file(options.out / f"{name}.{end}", write)
     except (ValueError, OSError) as error:
         print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
