@@ -119,9 +119,10 @@ def use_tf32(allowed):
     cupy_products.set_compute_type(np.dtype(np.float32), kind)
 
 
-def shards(n):
-    """Split n images into at most SHARDS slices whose bounds depend on n alone."""
-    parts = max(1, min(SHARDS, n // SMALLEST_SHARD))
+def shards(n, xp=np):
+    """Split n images into at most SHARDS slices whose bounds depend on n alone. A GPU takes them
+    all in one: to start eight kernels for one takes its host longer than they run."""
+    parts = max(1, min(SHARDS, n // SMALLEST_SHARD)) if xp is np else 1
     edges = [n * i // parts for i in range(parts + 1)]
     return [slice(*edge) for edge in itertools.pairwise(edges)]
 
@@ -225,9 +226,9 @@ class Ranks:
         first, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
         return items[first:end]
 
-    def of(self, n):
+    def of(self, n, xp=np):
         """Return who works n images: all ranks; or, with fewer shards than ranks, each rank all."""
-        return self if len(shards(n)) >= self.size else ALONE
+        return self if len(shards(n, xp)) >= self.size else ALONE
 
     def wait(self, request, seconds=math.inf, pause=2e-4):
         """Return whether an MPI request is over in time. Soon asleep for `pause` at a time: others
@@ -1284,7 +1285,8 @@ def forward(
     check_choice("activation", activation, ACTIVATIONS)
     if (activation == "quantize") != (levels is not None):
         raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
-    parts, unit, tape, how = shards(len(x)), 1, [], (activation, levels, shift)
+    xp, unit, tape, how = array_module(x), 1, [], (activation, levels, shift)
+    parts = shards(len(x), xp)
     zs = [x[part] for part in ranks.ours(parts)]
     seeds, passed_on = [None] * len(zs), lambda x, seed: (x, None, None)
     for i, layer in enumerate(net):
@@ -1313,7 +1315,7 @@ def forward(
         if rng is not None and layer.kind == "conv" and layer.dropout:
             seeds = ranks.ours([int(seed) for seed in rng.integers(2**63, size=len(parts))])
         unit = levels or 1
-    return array_module(x).concatenate(ranks.gather(zs)), tape
+    return xp.concatenate(ranks.gather(zs)), tape
 
 
 @one_blas_thread
@@ -1321,7 +1323,7 @@ def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
     """Return the gradients of the loss by all trained parameters, from dlogits (N, classes)."""
     grads, last = {}, len(net) - 1
     over, numbers = functools.partial(over_shards, threads=threads), itertools.count
-    das = [dlogits[part] for part in ranks.ours(shards(len(dlogits)))]
+    das = [dlogits[part] for part in ranks.ours(shards(len(dlogits), array_module(dlogits)))]
     dus, sums = zip(*over(lambda da, k: outputs_backward(net, tape, last, da, k), das, numbers()))
     for i in reversed(range(len(net))):
         layer, entry, w, how = net[i], tape[i], params.get(f"{i}.w"), None
@@ -1582,8 +1584,8 @@ def train_epoch(
     for start in range(0, n, recipe.batch):
         chosen = order[start : start + recipe.batch]
         changes = recipe.move, rng, recipe.turn, recipe.noise, recipe.cutout
-        team = ranks.of(len(chosen))
-        ours = team.ours(shards(len(chosen)))
+        team = ranks.of(len(chosen), xp)
+        ours = team.ours(shards(len(chosen), xp))
         ours = slice(ours[0].start, ours[-1].stop)
         pixels = augment(images[chosen], mirrored[chosen], *changes, ours)
         x = xp.empty((len(chosen), *pixels.shape[1:]), np.float32)  # filled where forward reads it
@@ -1617,11 +1619,11 @@ def take_statistics(net, params, images, recipe, rng, threads=None, ranks=ALONE)
     of the training images (N, H, W, C) as they are, neither moved nor cut, with weights at rest.
     Running statistics are those of augmented images, and lag behind the weights."""
     net, order = with_dropout(net, 0.0), rng.permutation(len(images))
-    few = min(recipe.batch, len(images))
+    xp, few = array_module(images), min(recipe.batch, len(images))
     for k, start in enumerate(range(0, len(images) - few + 1, few), 1):
-        chosen = array_module(images).asarray(order[start : start + few])
+        chosen = xp.asarray(order[start : start + few])
         x = network_input(images[chosen], recipe.steps, recipe.encoding)
-        forward(net, params, x, *recipe.how("quantize"), rng, threads, 1 / k, ranks.of(few))
+        forward(net, params, x, *recipe.how("quantize"), rng, threads, 1 / k, ranks.of(few, xp))
 
 
 @one_blas_thread
@@ -1891,7 +1893,7 @@ def integer_forward(snn, k0, threads=None):
     "direct". The last layer gives its logits, w . k_in + T b. Exact whole numbers."""
     check_input(snn, k0)
     xp, steps = array_module(k0), snn.steps
-    parts, layers = shards(len(k0)), range(len(snn.layers))
+    parts, layers = shards(len(k0), xp), range(len(snn.layers))
     sums = [Sums(snn, i, xp, snn.largest_input(i) * steps, steps, parts[0].stop) for i in layers]
 
     def run(inputs):

@@ -252,7 +252,10 @@ def trained(xp, recipe, n, epochs=(0, 1, 2)):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-def test_training_on_the_stand_in_is_numpys_and_reads_nothing_within_an_epoch(optimizer):
+def test_training_on_the_stand_in_is_numpys_and_reads_nothing_within_an_epoch(
+    optimizer, monkeypatch
+):
+    monkeypatch.setattr(cqsnn, "SHARDS", 1)  # as on a GPU: dropout is drawn for each
     changes = {"move": 1, "flip": True, "turn": 9.0, "noise": 0.1, "cutout": 3, "smoothing": 0.1}
     recipe = cqsnn.Recipe("digits", 1, 1, 1, optimizer, lr=1e-3, batch=20, **changes)
     params, said, data = trained(np, recipe, 100)

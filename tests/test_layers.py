@@ -163,6 +163,7 @@ def test_shards_of_a_batch_depend_on_its_length_alone(n):
     assert len(parts) == max(1, min(8, n // 8))
     sizes = [part.stop - part.start for part in parts]
     assert max(sizes) - min(sizes) <= 1
+    assert cqsnn.shards(n, "cupy") == [slice(0, n)]  # a GPU's, whole
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])
