@@ -119,10 +119,11 @@ def use_tf32(allowed):
     cupy_products.set_compute_type(np.dtype(np.float32), kind)
 
 
-def shards(n, xp=np):
-    """Split n images into at most SHARDS slices whose bounds depend on n alone. A GPU takes them
-    all in one: to start eight kernels for one takes its host longer than they run."""
-    parts = max(1, min(SHARDS, n // SMALLEST_SHARD)) if xp is np else 1
+def shards(x):
+    """Split images x (N, ...) into at most SHARDS slices whose bounds depend on N alone; on a GPU
+    into one, which is an eighth of the kernels to start."""
+    n = len(x)
+    parts = max(1, min(SHARDS, n // SMALLEST_SHARD)) if array_module(x) is np else 1
     edges = [n * i // parts for i in range(parts + 1)]
     return [slice(*edge) for edge in itertools.pairwise(edges)]
 
@@ -226,9 +227,9 @@ class Ranks:
         first, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
         return items[first:end]
 
-    def of(self, n, xp=np):
-        """Return who works n images: all ranks; or, with fewer shards than ranks, each rank all."""
-        return self if len(shards(n, xp)) >= self.size else ALONE
+    def of(self, x):
+        """Return who works images x: all ranks; or, with fewer shards than ranks, each rank all."""
+        return self if len(shards(x)) >= self.size else ALONE
 
     def wait(self, request, seconds=math.inf, pause=2e-4):
         """Return whether an MPI request is over in time. Soon asleep for `pause` at a time: others
@@ -253,7 +254,7 @@ class Ranks:
     def sum(self, parts):
         """Add arrays of all ranks in shard order: each rank one slice of them, for all. So an array
         crosses the network about twice, whatever the number of ranks."""
-        rows, counts = [to_host(part).reshape(-1) for part in parts], np.empty(self.size, np.int64)
+        rows, counts = [part.reshape(-1) for part in parts], np.empty(self.size, np.int64)
         self.wait(self.comm.Iallgather(np.array([len(rows)]), counts))  # shards of each rank
         edges = [rows[0].size * rank // self.size for rank in range(self.size + 1)]
         sent = np.concatenate([row[i:j] for i, j in itertools.pairwise(edges) for row in rows])
@@ -262,7 +263,7 @@ class Ranks:
         sizes = widths * len(rows), counts * widths[self.rank]
         self.wait(self.comm.Ialltoallv([sent, sizes[0]], [slices, sizes[1]]), pause=0)
         self.wait(self.comm.Iallgatherv(sum_over_shards(slices), [total, widths]), pause=0)
-        return array_module(parts[0]).asarray(total.reshape(parts[0].shape))
+        return total.reshape(parts[0].shape)
 
 
 ALONE = Ranks()
@@ -291,8 +292,8 @@ def ranks_started():
 
 
 def sum_over_shards(parts, ranks=ALONE, threads=1):
-    """Add arrays in shard order, of all ranks: the one place where sums over a batch are closed.
-    On a CPU a stretch at a time, which stays in a core's cache."""
+    """Add arrays in shard order, of all ranks: where sums over a batch are closed, but those of
+    `batch_moments`. On a CPU a stretch at a time, which stays in a core's cache."""
     if ranks.size > 1:
         return ranks.sum(parts)
     if array_module(parts[0]) is not np or np.size(parts[0]) <= STRETCH:
@@ -376,7 +377,7 @@ def shifted(x, size, stride):
         yield k, m, x[:, k : k + rows : stride, m : m + columns : stride]
 
 
-IM2COL_VALUES = 2**28  # of columns at a time on a GPU: half a GiB in half precision
+IM2COL_VALUES = 2**28  # of columns at a time on a GPU: 1 GiB in float32
 IM2COL = """
 extern "C" __global__ void im2col(const ELEMENT *x, unsigned height, unsigned width,
     unsigned channels, unsigned size, unsigned stride, unsigned pad, unsigned rows,
@@ -399,12 +400,12 @@ def im2col(x, size, stride, pad, dtype):
     """Return im2col of x (N, H, W, C), any real type, at once and on a GPU: (N*Ho*Wo, K*K*C) in
     dtype (float16, float32 or float64), zeros beyond the borders. The same rows as those that
     NumPy copies in `column_blocks`; x is converted before it is multiplied K*K times, and moved
-    16 bytes at a time where its channels fill them."""
+    16 bytes at a time where its channels fill them and it lies on a multiple of them."""
     xp, (n, height, width, channels) = array_module(x), x.shape
     x = xp.ascontiguousarray(x.astype(dtype, copy=False))
     rows, columns = output_size(x.shape, size, stride, pad)
     cols = xp.empty((n * rows * columns, size * size * channels), dtype)
-    wide = dtype if channels * x.itemsize % 16 else np.complex128
+    wide = dtype if channels * x.itemsize % 16 or x.data.ptr % 16 else np.complex128
     source, target = x.view(wide), cols.view(wide)
     geometry = height, width, source.shape[3], size, stride, pad, rows, columns
     launch(IM2COL, target.size, source, *geometry, target, ELEMENT=wide)
@@ -780,61 +781,63 @@ def cached_blocks(shape):
 
 
 def column_sums(x):
-    """Sum x (N, ..., C) over all but its channels, in its own type over an image or what a cache
-    holds of several, then in float64. A product with ones is five times faster than a sum."""
-    xp = array_module(x)
-    rows = x.reshape(1 if xp is np else len(x), -1, x.shape[-1])
-    return (xp.ones(rows.shape[1], x.dtype) @ rows).sum(0, dtype=np.float64)
+    """Sum x (N, ..., C) over all but its channels, in its own type over what a cache holds, then in
+    float64. A product with ones is five times faster than a sum."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (np.ones(len(rows), x.dtype) @ rows).astype(np.float64)
 
 
+STRIP = 64  # rows that a thread of a GPU adds up
 MOMENTS = """
 extern "C" __global__ void moments(const REAL *z, unsigned rows, unsigned channels,
-    unsigned strip, REAL *sums, unsigned n) {
+    unsigned strip, REAL *about, REAL *sums, unsigned n) {
   unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // of a strip of rows, one channel
   if (i >= n) return;
   unsigned c = i % channels, first = i / channels * strip;
-  REAL about = z[c], sum = 0, squares = 0;
+  REAL m = z[(size_t)first * channels + c], sum = 0, squares = 0;
   for (unsigned row = first; row < first + strip && row < rows; row++) {
-    REAL deviation = z[(size_t)row * channels + c] - about;
-    sum += deviation;
-    squares += deviation * deviation;
+    REAL off = z[(size_t)row * channels + c] - m;
+    sum += off;
+    squares += off * off;
   }
-  sums[i] = sum;
-  sums[n + i] = squares;
+  about[i] = m;
+  sums[(size_t)(i - c) * 2 + c] = sum;
+  sums[(size_t)(i - c) * 2 + channels + c] = squares;
 }"""
 
 
 def moments(z):
-    """Return, for each block of a shard z (..., C), its number of rows, an m of the type of z, and
-    in float64 the sums (2, C) of z - m and of its square. So that nothing cancels where the mean is
-    large, m is the mean of a block; on a GPU, where a shard is one, its first row."""
-    channels = z.shape[-1]
-    if array_module(z) is not np:
-        z = array_module(z).ascontiguousarray(z)
-        rows = z.size // channels
-        sums = array_module(z).empty((2, -(-rows // 64), channels), z.dtype)
-        launch(MOMENTS, sums.size // 2, z, rows, channels, 64, sums, REAL=z.dtype)
-        return [(rows, z.reshape(-1, channels)[0], sums.sum(1, dtype=np.float64))]
-    found = []
+    """Return, for a shard z (..., C) in B blocks: how many rows it has; how many each has (B, 1);
+    a row m near the mean of each (B, C), of the type of z; and the sums of z - m and of its square
+    (B, 2, C), in which nothing cancels where the mean is large. A block is what a cache holds, and
+    m its mean, rounded; on a GPU it is a strip of rows, and m the first."""
+    xp, rows = array_module(z), z.size // z.shape[-1]
+    if xp is not np:
+        strips, channels = -(-rows // STRIP), z.shape[-1]
+        n, about = xp.full((strips, 1), STRIP), xp.empty((strips, channels), z.dtype)
+        n[-1] = rows - STRIP * (strips - 1)
+        sums = xp.empty((strips, 2, channels), z.dtype)
+        how = rows, channels, STRIP, about, sums
+        launch(MOMENTS, about.size, xp.ascontiguousarray(z), *how, REAL=z.dtype)
+        return rows, n, about, sums
+    n, about, sums = [], [], []
     for index in cached_blocks(z.shape):
         part = z[index]
-        count = part.size // channels
-        about = (column_sums(part) / count).astype(z.dtype)
-        deviation = part - about
-        off = column_sums(deviation)
-        deviation *= deviation
-        found.append((count, about, np.stack([off, column_sums(deviation)])))
-    return found
+        n.append([part.size // z.shape[-1]])
+        about.append((column_sums(part) / n[-1]).astype(z.dtype))
+        off = part - about[-1]
+        sums.append([column_sums(off), column_sums(np.square(off, out=off))])
+    return rows, np.array(n), np.stack(about), np.array(sums)
 
 
 def batch_moments(found):
     """Return count, mean and variance (population) of all shards, from the `moments` of each: with
-    d = z - m, sum (z - mean)^2 = sum d^2 - (sum d)^2 / count."""
-    counts, about, sums = zip(*itertools.chain(*found))
-    xp, count = array_module(sums[0]), sum(counts)
-    n, sums = xp.array(counts)[:, None], xp.stack(sums)
+    d = z - m, sum (z - mean)^2 = sum d^2 - (sum d)^2 / count. All in float64."""
+    rows, *blocks = zip(*found)
+    xp, count = array_module(blocks[0][0]), sum(rows)
+    n, about, sums = map(xp.concatenate, blocks)
     off = sums[:, 0] / n
-    means = xp.stack(about) + off
+    means = about + off
     mean = (n * means).sum(0) / count
     spread = sums[:, 1] - n * off**2
     return count, mean, xp.concatenate([spread, n * (means - mean) ** 2]).sum(0) / count
@@ -922,13 +925,13 @@ extern "C" __global__ void norm_sums(const REAL *z, REAL *da, const bool *inside
 
 def norm_sums(z, da, inside, mean):
     """Turn da into du, in place where it is contiguous or NumPy's; return du and, in float64,
-    [sum du, sum du (z - mean)] over all but channels: here blocks, on a GPU 64 rows at a time."""
+    [sum du, sum du (z - mean)] over all but channels: here blocks, on a GPU strips of rows."""
     xp = array_module(z)
     if xp is not np:
         z, da, channels = *map(xp.ascontiguousarray, (z, da)), z.shape[-1]
         rows = z.size // channels
-        sums = xp.empty((2, -(-rows // 64), channels), z.dtype)
-        how = rows, channels, 64, sums
+        sums = xp.empty((2, -(-rows // STRIP), channels), z.dtype)
+        how = rows, channels, STRIP, sums
         launch(NORM_SUMS, sums.size // 2, z, da, inside, mean, *how, REAL=z.dtype)
         return da, sums.sum(1, dtype=np.float64)
     sums = 0
@@ -1286,7 +1289,7 @@ def forward(
     if (activation == "quantize") != (levels is not None):
         raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
     xp, unit, tape, how = array_module(x), 1, [], (activation, levels, shift)
-    parts = shards(len(x), xp)
+    parts = shards(x)
     zs = [x[part] for part in ranks.ours(parts)]
     seeds, passed_on = [None] * len(zs), lambda x, seed: (x, None, None)
     for i, layer in enumerate(net):
@@ -1308,7 +1311,8 @@ def forward(
         norm = statistics = None
         if layer.norm:
             found = ranks.gather(found) if counted else None
-            norm, statistics = batch_norm(found, *list(p.values())[2:], momentum)
+            affine = (p[name] for name in ("gamma", "beta", "mean", "var"))
+            norm, statistics = batch_norm(found, *affine, momentum)
         tape.append(LayerTape(unit, *entry, zs if layer.norm else None, statistics))
         passed_on = functools.partial(outputs, layer, how, unit, norm)
         seeds = [None] * len(zs)
@@ -1323,21 +1327,21 @@ def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
     """Return the gradients of the loss by all trained parameters, from dlogits (N, classes)."""
     grads, last = {}, len(net) - 1
     over, numbers = functools.partial(over_shards, threads=threads), itertools.count
-    das = [dlogits[part] for part in ranks.ours(shards(len(dlogits), array_module(dlogits)))]
+    das = [dlogits[part] for part in ranks.ours(shards(dlogits))]
     dus, sums = zip(*over(lambda da, k: outputs_backward(net, tape, last, da, k), das, numbers()))
     for i in reversed(range(len(net))):
-        layer, entry, w, how = net[i], tape[i], params.get(f"{i}.w"), None
+        layer, entry, w, norm = net[i], tape[i], params.get(f"{i}.w"), None
         if layer.norm:
-            how, found = batch_norm_backward(sum_over_shards(ranks.gather(sums)), entry.norm)
+            norm, found = batch_norm_backward(sum_over_shards(ranks.gather(sums)), entry.norm)
             grads |= {f"{i}.{name}": g for name, g in found.items()}
         elif layer.kind != "pool":
             grads[f"{i}.b"] = sum_over_shards(sums, ranks)
         # of activations times unit, and w / unit: dz times unit makes dx one by activations
         unit = 1 if w is None else entry.unit
-        how = how and (how[0], how[1] * unit, *how[2:])
+        norm = norm and (norm[0], norm[1] * unit, *norm[2:])
 
         def run(du, k):
-            dz = norm_input_gradient(entry.sums[k], du, *how) if how else du * unit
+            dz = norm_input_gradient(entry.sums[k], du, *norm) if norm else du * unit
             dx, dw = linear_backward(layer, dz, entry.caches[k], i > 0)
             du, sums = outputs_backward(net, tape, i - 1, dx, k) if i else (None, None)
             return du, sums, dw
@@ -1584,8 +1588,8 @@ def train_epoch(
     for start in range(0, n, recipe.batch):
         chosen = order[start : start + recipe.batch]
         changes = recipe.move, rng, recipe.turn, recipe.noise, recipe.cutout
-        team = ranks.of(len(chosen), xp)
-        ours = team.ours(shards(len(chosen), xp))
+        team = ranks.of(chosen)
+        ours = team.ours(shards(chosen))
         ours = slice(ours[0].start, ours[-1].stop)
         pixels = augment(images[chosen], mirrored[chosen], *changes, ours)
         x = xp.empty((len(chosen), *pixels.shape[1:]), np.float32)  # filled where forward reads it
@@ -1619,11 +1623,11 @@ def take_statistics(net, params, images, recipe, rng, threads=None, ranks=ALONE)
     of the training images (N, H, W, C) as they are, neither moved nor cut, with weights at rest.
     Running statistics are those of augmented images, and lag behind the weights."""
     net, order = with_dropout(net, 0.0), rng.permutation(len(images))
-    xp, few = array_module(images), min(recipe.batch, len(images))
+    few = min(recipe.batch, len(images))
     for k, start in enumerate(range(0, len(images) - few + 1, few), 1):
-        chosen = xp.asarray(order[start : start + few])
+        chosen = array_module(images).asarray(order[start : start + few])
         x = network_input(images[chosen], recipe.steps, recipe.encoding)
-        forward(net, params, x, *recipe.how("quantize"), rng, threads, 1 / k, ranks.of(few, xp))
+        forward(net, params, x, *recipe.how("quantize"), rng, threads, 1 / k, ranks.of(x))
 
 
 @one_blas_thread
@@ -1893,7 +1897,7 @@ def integer_forward(snn, k0, threads=None):
     "direct". The last layer gives its logits, w . k_in + T b. Exact whole numbers."""
     check_input(snn, k0)
     xp, steps = array_module(k0), snn.steps
-    parts, layers = shards(len(k0), xp), range(len(snn.layers))
+    parts, layers = shards(k0), range(len(snn.layers))
     sums = [Sums(snn, i, xp, snn.largest_input(i) * steps, steps, parts[0].stop) for i in layers]
 
     def run(inputs):

@@ -7,14 +7,14 @@ Training steps against PyTorch, simulation against SpikingJelly, each engine in 
 and in turns (ours, peer, ours, peer ...) while nothing else runs; growth of time and memory with T,
 batch and depth; start-up; and the machine's own speed, of which the table gives fractions. A peer
 whose gradients or spike counts are not ours is not timed. Virtual environments for the peers are
-made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.md (the table).
-Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg alone has been run: see results/bench-gpu.md.
+made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.md (the table), and
+until all is measured what there is, as bench-DEVICE.partial.*.
+Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg alone has been run: see results/gpu.md.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -279,12 +279,15 @@ def machine(options, peer_python, work):
 def choose_at_once(case, told, peer_python, work, quick):
     """Return {layout: how many images the peer simulates together}: the fastest of some."""
     choices = (1,) if quick else (16, 64, 256) if told["device"] == "gpu" else (1, 4, 16)
-    found = {
-        (layout, n): Engine(peer_python, "peer_torch.py", {"layout": layout, "at_once": n}, {})
-        for layout, n in itertools.product(LAYOUTS, choices)
-    }
-    rows, _ = measure(found, told, 1, work)
-    seconds = {how: rows[how]["seconds"] if how in rows else [float("inf")] for how in found}
+    seconds = {}
+    for n in choices:  # one after another: the memory is for one
+        found = {
+            layout: Engine(peer_python, "peer_torch.py", {"layout": layout, "at_once": n}, {})
+            for layout in LAYOUTS
+        }
+        rows, _ = measure(found, told, 1, work)
+        for layout in LAYOUTS:
+            seconds[layout, n] = rows[layout]["seconds"] if layout in rows else [float("inf")]
     return {layout: min(choices, key=lambda n: seconds[layout, n]) for layout in LAYOUTS}
 
 
@@ -440,12 +443,14 @@ def startup_lines(seconds):
 # The run ------------------------------------------------------------------------------------------
 
 
-def versions(peer_python):
+def versions(device, peer_python):
     """Return the versions of Python and of the packages on both sides."""
     names = ("torch", "spikingjelly")
     code = f"import importlib.metadata as m; print(*map(m.version, {names}))"
     told = subprocess.run([peer_python, "-c", code], capture_output=True, text=True, check=True)
     ours = {f"our {n}": importlib.metadata.version(n) for n in ("numpy", "threadpoolctl")}
+    if device == "gpu":
+        ours["our cupy"] = sys.modules["cupy"].__version__  # its packages have several names
     peers = dict(zip(names, told.stdout.split()))
     return {"python": platform.python_version(), "cqsnn": cqsnn.__version__, **ours, **peers}
 
@@ -512,12 +517,13 @@ def parse(arguments):
 def measure_all(options, peer_python, work, show):
     """Measure what was asked for, show(lines, results so far) each table as it comes; return all
     results."""
+    _, name = train_cq.array_library(options.device)
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["bench.py", *sys.argv[1:]]),
         "device": options.device,
-        "hardware": train_cq.array_library(options.device)[1],
-        "versions": versions(peer_python),
+        "hardware": ", ".join(dict.fromkeys((name, train_cq.cpu_name()))),
+        "versions": versions(options.device, peer_python),
         "rounds": options.rounds,
     }
     speeds, result["machine"] = machine(options, peer_python, work)
@@ -545,6 +551,8 @@ def main(arguments=None):
         work = envs / f"cases-{options.device}"
         work.mkdir(parents=True, exist_ok=True)
 
+        name = f"bench-{options.device}"
+
         def show(more, result):  # and keep it: a run that is stopped has written what it had
             for line in more:
                 lines.append(line)
@@ -552,9 +560,11 @@ def main(arguments=None):
             texts = {"json": json.dumps(result, indent=1), "md": "\n".join(lines)}
             for end, text in texts.items() if options.out else ():
                 write = lambda file, text=text: file.write(text.encode())  # noqa: E731
-                cqsnn.write_file(options.out / f"bench-{options.device}.{end}", write)
+                cqsnn.write_file(options.out / f"{name}.partial.{end}", write)
 
         result = measure_all(options, environment(options.device, envs), work, show)
+        for end in ("json", "md") if options.out else ():
+            os.replace(options.out / f"{name}.partial.{end}", options.out / f"{name}.{end}")
     except (ValueError, OSError) as error:
         print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -109,7 +109,7 @@ def measured(name, ranks, threads, steps):
 
 def exchanges(name, batch, shards):
     """Return the exchanges of a step: (kind, bytes of a shard's part), counted from the network.
-    Forward gathers count, mean and variance of each block of a layer with norm, backward two sums
+    Forward gathers the `moments` of each block of a layer with norm, backward two sums
     of each channel; the logits are gathered last here; weights and bias are summed."""
     net, found = cqsnn.NETWORKS[name], []
     params = cqsnn.init_params(net, SHAPES[name], 10, np.random.default_rng(0))
@@ -117,7 +117,7 @@ def exchanges(name, batch, shards):
     for i, (layer, shape) in enumerate(zip(net, cqsnn.output_shapes(net, SHAPES[name], 10))):
         if layer.norm:
             blocks = len(list(cqsnn.cached_blocks((images, *shape))))
-            found += [("gather", blocks * (8 + 16 * shape[-1])), ("gather", 16 * shape[-1])]
+            found += [("gather", blocks * (8 + 20 * shape[-1])), ("gather", 16 * shape[-1])]
         for key in (f"{i}.w", f"{i}.b"):
             if key in params:
                 w = (

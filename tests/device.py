@@ -75,6 +75,7 @@ class RawKernel:
 
     def __init__(self, code, name, options=()):
         self.library = library(code, name, tuple(options))
+        self.alignment = 16 if any("uint4" in option for option in options) else 1
 
     def __call__(self, grid, block, arguments):
         RawKernel.launched += 1
@@ -82,6 +83,7 @@ class RawKernel:
         for a in arguments:
             if isinstance(a, Device):
                 assert a.flags.c_contiguous, "a kernel was given a view with gaps"
+                assert a.data.ptr % self.alignment == 0, "a kernel was given 16 bytes astride two"
                 held.append(ctypes.c_void_p(a.data.ptr))
             else:
                 held.append(np.ctypeslib.as_ctypes_type(np.asarray(a).dtype)(a))

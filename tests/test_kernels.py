@@ -8,7 +8,7 @@ import device
 import numpy as np
 import pytest
 import spiking_oracles as oracle
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import cqsnn
@@ -71,33 +71,37 @@ def test_norm_backward_kernels_give_the_bits_of_numpy(shape, kind, seed):
 
 
 @given(shapes, st.sampled_from("fd"), st.integers(0, 2**32))
-def test_moments_kernel_sums_strips_of_rows(shape, kind, seed):
-    """Sums about the first row: of whole numbers exact, so that their order is nothing."""
+def test_moments_kernel_sums_strips_about_their_first_rows(shape, kind, seed):
+    """Of whole numbers exactly, so that the order of a sum is nothing."""
     z = np.random.default_rng(seed).integers(-9, 10, shape).astype(kind)
-    rows = z.reshape(-1, shape[-1])
+    flat = z.reshape(-1, shape[-1])
     with installed() as cupy:
-        ((count, about, sums),) = found = cqsnn.moments(cupy.asarray(z))
-        merged = cqsnn.batch_moments([found])
-        assert device.RawKernel.launched == 1
-    off = rows.astype(np.float64) - rows[0]
-    same_bits(off.sum(0), sums[0])
-    same_bits((off * off).sum(0), sums[1])
-    same_bits(rows[0], about)
-    assert count == merged[0] == len(rows)
-    # float64 all the way
-    np.testing.assert_allclose(merged[1].get(), rows.mean(0, dtype=float), atol=1e-13)
-    np.testing.assert_allclose(merged[2].get(), rows.var(0, dtype=float), atol=1e-11)
+        rows, n, about, sums = found = cqsnn.moments(cupy.asarray(z))
+        merged = cqsnn.batch_moments([found, found])
+        assert device.RawKernel.launched == 1 and device.Device.reads == 0
+    assert rows == len(flat)
+    for i, first in enumerate(range(0, rows, cqsnn.STRIP)):
+        strip = flat[first : first + cqsnn.STRIP]
+        off = strip - strip[0]
+        assert n.get()[i] == len(strip) and (about.get()[i] == strip[0]).all()
+        assert (sums.get()[i] == [off.sum(0), (off * off).sum(0)]).all()
+    ours = cqsnn.batch_moments([cqsnn.moments(z)] * 2)
+    assert merged[0] == ours[0] == 2 * rows
+    for a, b in zip(merged[1:], ours[1:]):  # float32 about rounded means, of up to 512 rows
+        np.testing.assert_allclose(a.get(), b, rtol=1e-5, atol=1e-5)
 
 
-def test_moments_kernel_cancels_nothing_beside_a_large_mean():
-    z = np.random.default_rng(0).normal(1e4, 1, (64, 8, 8, 5)).astype(np.float32)
+@pytest.mark.parametrize("mean, first", [(1e4, 0), (0, 40)])
+def test_moments_kernel_cancels_nothing(mean, first):
+    """Beside a large mean, or a first row that is nothing like the others."""
+    z = np.random.default_rng(0).normal(mean, 1, (500, 16, 16, 5)).astype(np.float32)
+    z[0, 0, 0] += first * np.arange(5, dtype=np.float32)
     with installed() as cupy:
-        found = [cqsnn.moments(cupy.asarray(z[part])) for part in cqsnn.shards(64)]
-        _, *both = cqsnn.batch_moments(found)
-        mean, variance = (a.get() for a in both)
-    np.testing.assert_allclose(mean, z.mean((0, 1, 2), dtype=float), rtol=1e-9)
-    # float32 sums of 64 squares of about 1, or about 10 where the first row lies off
-    np.testing.assert_allclose(variance, z.var((0, 1, 2), dtype=float), rtol=1e-5)
+        _, *both = cqsnn.batch_moments([cqsnn.moments(cupy.asarray(z))])
+        found = [a.get() for a in both]
+    np.testing.assert_allclose(found[0], z.mean((0, 1, 2), dtype=float), rtol=1e-6, atol=1e-7)
+    # float32 sums of 64 squares: of about 2, or in the first strip of the outlier's
+    np.testing.assert_allclose(found[1], z.var((0, 1, 2), dtype=float), rtol=1e-5)
 
 
 def dense_sums(xp, w, largest_input, unit=1, theta=1, b=0, integer=None):
@@ -143,13 +147,19 @@ def test_neuron_kernel_gives_the_bits_of_numpy(steps, n, channels, by_channel, w
     *(st.integers(1, 3), st.integers(3, 7), st.integers(3, 7), st.sampled_from([1, 2, 3, 4, 8])),
     *(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2)),
     *(st.sampled_from(["u1", "i4", "f2", "f4"]), st.sampled_from(["f2", "f4", "f8"])),
+    st.integers(0, 1),
 )
-def test_im2col_kernel_gives_the_rows_of_numpy(n, height, width, c, size, stride, pad, kind, to):
+@example(2, 5, 5, 4, 3, 1, 1, "f4", "f4", 1)
+def test_im2col_kernel_gives_the_rows_of_numpy(
+    n, height, width, c, size, stride, pad, kind, to, before
+):
+    """Of images that begin anywhere: 16 bytes are moved at once where they lie on a multiple."""
     x = np.arange(1, 1 + n * height * width * c).reshape(n, height, width, c).astype(kind)
     blocks = cqsnn.column_blocks(x, size, stride, pad, np.dtype(to))
     ours = np.concatenate([rows.copy() for _, rows in blocks])
     with installed() as cupy:
-        same_bits(ours, cqsnn.im2col(cupy.asarray(x), size, stride, pad, np.dtype(to)))
+        there = cupy.asarray(np.append(x.flat[:before], x))[before:].reshape(x.shape)
+        same_bits(ours, cqsnn.im2col(there, size, stride, pad, np.dtype(to)))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +182,7 @@ def test_a_kernel_changed_in_one_place_is_noticed(monkeypatch, source, there, in
         "IM2COL": test_im2col_kernel_gives_the_rows_of_numpy.hypothesis.inner_test,
     }
     cases = {"FIRE": (9, 9, 9, True, False, 0), "ACTIVATE": ((3, 5, 4, 7), HOW[1], False, "f", 0)}
-    cases["IM2COL"] = (2, 4, 5, 3, 3, 2, 1, "f4", "f2")
+    cases["IM2COL"] = (2, 4, 5, 3, 3, 2, 1, "f4", "f2", 0)
     with pytest.raises(AssertionError):
         checks[source](*cases[source])
 
@@ -235,6 +245,15 @@ def test_memory_decides_how_much_is_simulated_together():
         assert 1 <= batch <= 1024 and 1 <= chunk <= 64
         assert held <= free / 2 or batch == chunk == 1
     assert (batch, chunk) == (1024, 64)
+
+
+def test_a_gpu_takes_a_batch_as_one_shard_and_every_rank_all_of_it():
+    two = cqsnn.Ranks()
+    two.size = 2
+    with installed() as cupy:
+        x = cupy.zeros((100, 2))
+        assert cqsnn.shards(x) == [slice(0, 100)] and two.of(x) is cqsnn.ALONE
+    assert len(cqsnn.shards(np.zeros((100, 2)))) == 8 and two.of(np.zeros((100, 2))) is two
 
 
 def trained(xp, recipe, n, epochs=(0, 1, 2)):

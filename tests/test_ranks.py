@@ -133,10 +133,10 @@ def test_ranks_share_a_sequence_in_its_order_as_evenly_as_it_goes(count, size):
 def test_a_batch_of_fewer_shards_than_ranks_is_worked_whole_by_each(n, size):
     for rank in range(size):
         ranks = cqsnn.Ranks(Comm(rank, size))
-        ours = ranks.of(n).ours(cqsnn.shards(n))
-        assert ours
-        assert ranks.of(n) is (ranks if len(cqsnn.shards(n)) >= size else cqsnn.ALONE)
-        assert ranks.of(n) is ranks or ours == cqsnn.shards(n)
+        parts, team = cqsnn.shards(range(n)), ranks.of(range(n))
+        assert team.ours(parts)
+        assert team is (ranks if len(parts) >= size else cqsnn.ALONE)
+        assert team is ranks or team.ours(parts) == parts
 
 
 def test_one_process_imports_no_mpi():

@@ -59,7 +59,8 @@ def main():
     try:
         cqsnn.cuda_kernel(source.replace("unsigned i =", "unsigned ="), **types)
     except ValueError:
-        return 0 if len(sources) == 5 else 1
+        written = Path(cqsnn.__file__).read_text().count("__global__")
+        return 0 if len(sources) == written else 1
     print("a source with a mistake was compiled")
     return 1
 
