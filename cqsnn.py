@@ -1300,20 +1300,20 @@ def forward(
         counted = layer.norm and rng is not None
 
         def run(z, seed):
-            x, inside, kept = passed_on(z, seed)
-            z, cache = linear(layer, x, x if w is None else w)
+            a, inside, kept = passed_on(z, seed)
+            z, cache = linear(layer, a, a if w is None else w)
             if layer.kind == "pool":
                 z = z / layer.size**2  # in units still, so that whole numbers stay whole
             z = z if p["b"] is None else z + p["b"]
-            return x, inside, kept, cache, z, moments(z) if counted else None
+            return a, inside, kept, cache, z, moments(z) if counted else None
 
         *entry, zs, found = zip(*over_shards(run, zs, seeds, threads=threads))
-        norm = statistics = None
+        norm = norm_cache = None
         if layer.norm:
             found = ranks.gather(found) if counted else None
             affine = (p[name] for name in ("gamma", "beta", "mean", "var"))
-            norm, statistics = batch_norm(found, *affine, momentum)
-        tape.append(LayerTape(unit, *entry, zs if layer.norm else None, statistics))
+            norm, norm_cache = batch_norm(found, *affine, momentum)
+        tape.append(LayerTape(unit, *entry, zs if layer.norm else None, norm_cache))
         passed_on = functools.partial(outputs, layer, how, unit, norm)
         seeds = [None] * len(zs)
         if rng is not None and layer.kind == "conv" and layer.dropout:
@@ -1589,8 +1589,8 @@ def train_epoch(
         chosen = order[start : start + recipe.batch]
         changes = recipe.move, rng, recipe.turn, recipe.noise, recipe.cutout
         team = ranks.of(chosen)
-        ours = team.ours(shards(chosen))
-        ours = slice(ours[0].start, ours[-1].stop)
+        parts = team.ours(shards(chosen))
+        ours = slice(parts[0].start, parts[-1].stop)
         pixels = augment(images[chosen], mirrored[chosen], *changes, ours)
         x = xp.empty((len(chosen), *pixels.shape[1:]), np.float32)  # filled where forward reads it
         x[ours] = network_input(pixels, recipe.steps, recipe.encoding)
