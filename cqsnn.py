@@ -1856,6 +1856,23 @@ def at_steps(snn, steps, levels=None):
     return head_start(replace(snn, layers=tuple(layers)), *start)
 
 
+def encoded(snn, encoding):
+    """Return snn for an encoding of its input, "direct" or "spikes": if it is another, without head
+    start, and the first layer's b, theta and v0 in units 255 times finer or coarser. At T = 255,
+    where a spike is a grey level, both have one integer CNN. Raises ValueError if they cannot."""
+    check_choice("encoding", encoding, ("spikes", "direct"))
+    if encoding == snn.encoding:
+        return snn
+    first, *others = head_start(snn, 0, 0).layers
+    names = ("theta", "v0") if first.b is None else ("theta", "v0", "b")
+    finer = 255 if encoding == "direct" else 1 / 255
+    found = {name: np.rint(getattr(first, name) * finer) for name in names}
+    if max(np.abs(a).max() for a in found.values()) >= 2**31 or found["theta"].min() < 1:
+        raise ValueError(f"layer 0: b, theta or v0 does not fit in 32 bits with {encoding} input")
+    first = replace(first, **{name: a.astype(np.int32) for name, a in found.items()})
+    return replace(snn, encoding=encoding, layers=(first, *others), head_start=(0, 0))
+
+
 def scales(net, params, snn):
     """Return [S, max|W|] of each layer, W folded; None for a pooling, which needs no scale.
     S is a list where each channel has its own."""

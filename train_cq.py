@@ -118,7 +118,8 @@ def add_recipe_options(p):
     """Add an option for each field of a Recipe."""
     text = "or in words: 32C3-A-64C3-A-FC"
     p.add_argument("--net", metavar="NET", help=", ".join([*cqsnn.NETWORKS, text]))
-    p.add_argument("--encoding", help="input as spikes or direct (pixel levels at every step)")
+    text = "input as spikes or direct (pixels at every step); --simulate: without head start"
+    p.add_argument("--encoding", help=text)
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
     text = "levels of activations (default: T); with --simulate, those that --steps round like"
     p.add_argument("--levels", type=int, metavar="L", help=text)
@@ -931,7 +932,7 @@ def explain_image(args, snn, test, schedule, index):
 
 def simulate_file(args):
     """Simulate an SNN file on a data set's test images, at its own T or at --steps."""
-    training, defaults = set(asdict(Recipe(""))) - {"steps", "levels"}, parser()
+    training, defaults = set(asdict(Recipe(""))) - {"steps", "levels", "encoding"}, parser()
     for name in sorted(training | {"weight_bits", "channel_scales", "init", "resume", "tf32"}):
         if getattr(args, name) is not defaults.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: with --simulate, expected training")
@@ -944,6 +945,8 @@ def simulate_file(args):
     for name in ("steps", "levels"):
         if getattr(args, name) is not None:
             cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**6)
+    if args.encoding is not None:
+        snn = cqsnn.encoded(snn, args.encoding)
     if args.steps or args.levels:
         snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
     cqsnn.check_choice("--dataset", args.dataset, RECIPES)

@@ -757,6 +757,14 @@ def test_a_network_of_other_classes_and_two_questions_at_once_are_refused(quick,
     assert_refused(train_cq(tmp_path, *how, "--certify", "--digest"), "--certify", "--digest")
 
 
+def test_simulate_feeds_a_file_the_other_encoding(quick, tmp_path):
+    how = ["--simulate", quick / "run" / "snn.npz", "--limit", "9", "--schedule", "synchronous"]
+    for encoding in ("direct", "spikes"):
+        assert_works(train_cq(tmp_path, *how, "--encoding", encoding, "--out", encoding))
+        assert report_of(tmp_path / encoding)["encoding"] == encoding
+    assert_refused(train_cq(tmp_path, *how, "--encoding", "rate"), "encoding", "'rate'", "direct")
+
+
 def test_a_network_of_one_layer_is_simulated_explained_and_drawn(tmp_path):
     last = cqsnn.SpikingLayer(
         *("dense", 1, 1, 0, False, np.eye(64, 10, dtype=np.int32), np.zeros(10, np.int32)),

@@ -756,6 +756,60 @@ def test_a_pooling_at_other_steps_has_the_mean_of_the_levels(steps):
         assert (4 * k - sums).sum() * 12 * 2 == -3 * network.steps * len(sums)
 
 
+@given(st.data())
+def test_both_encodings_have_one_integer_cnn_at_255_steps(data):
+    """A spike is a grey level then. Logits of a network of one layer are 255 times finer."""
+    snn = replace(data.draw(oracle.networks()), steps=255, encoding="spikes")
+    direct = cqsnn.encoded(cqsnn.head_start(snn, 0.5, 0.25), "direct")
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    pixels = rng.integers(0, 256, (3, *snn.input_shape), dtype=np.uint8)
+    ours, theirs = (
+        cqsnn.integer_forward(network, cqsnn.predicted(network, pixels))
+        for network in (snn, direct)
+    )
+    assert all((a == b).all() for a, b in zip(ours.counts, theirs.counts, strict=True))
+    assert (theirs.logits == ours.logits * (255 if len(snn.layers) == 1 else 1)).all()
+    assert_same_layers(cqsnn.encoded(direct, "spikes"), snn)
+    assert cqsnn.encoded(direct, "direct") is direct
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_another_encoding_is_that_of_the_conversion_but_for_a_second_rounding(shift):
+    rng = np.random.default_rng(0)
+    net = cqsnn.network("8C3-A-8C4s2p1-FC")
+    params = cqsnn.init_params(net, (12, 12, 2), 5, rng)
+    for i in (0, 2):
+        params[f"{i}.mean"] += rng.normal(0, 1, 8).astype(np.float32)
+    how = net, params, (12, 12, 2), 16, 8, shift
+    found, expected = cqsnn.encoded(cqsnn.convert(*how, "direct"), "spikes"), cqsnn.convert(*how)
+    first, *others = zip(found.layers, expected.layers, strict=True)
+    assert all(
+        (getattr(a, name) == getattr(b, name)).all()
+        for a, b in others
+        for name in ("w", "b")
+        if a.w is not None
+    )
+    assert (first[0].w == first[1].w).all() and (first[0].theta == first[1].theta).all()
+    assert (first[0].v0 == first[1].v0).all() and np.ptp(first[1].b) > 100
+    assert np.abs(first[0].b - first[1].b).max() <= 1
+
+
+def test_an_encoding_that_does_not_fit_is_refused():
+    first = cqsnn.SpikingLayer(
+        *("dense", 1, 1, 0, True, np.ones((1, 1), np.int32), np.zeros(1, np.int32)),
+        *(np.array(2**24, np.int32), np.array(0, np.int32)),
+    )
+    last = replace(first, fires=False)
+    snn = cqsnn.SpikingNetwork(8, (1, 1, 1), 1, 8, 1, "spikes", (first, last))
+    with pytest.raises(ValueError, match="32 bits with direct input"):
+        cqsnn.encoded(snn, "direct")
+    small = replace(snn, encoding="direct", layers=(replace(first, theta=np.int32(9)), last))
+    with pytest.raises(ValueError, match="32 bits with spikes input"):
+        cqsnn.encoded(small, "spikes")
+    with pytest.raises(ValueError, match="encoding: 'rate', expected one of spikes, direct"):
+        cqsnn.encoded(snn, "rate")
+
+
 def test_a_head_start_that_passes_32_bits_is_refused():
     first = cqsnn.SpikingLayer(
         *("dense", 1, 1, 0, True, np.ones((1, 1), np.int32), np.full(1, -(2**31) + 1, np.int32)),
