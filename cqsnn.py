@@ -1864,9 +1864,9 @@ def encoded(snn, encoding):
     if encoding == snn.encoding:
         return snn
     first, *others = head_start(snn, 0, 0).layers
-    names = ("theta", "v0") if first.b is None else ("theta", "v0", "b")
     finer = 255 if encoding == "direct" else 1 / 255
-    found = {name: np.rint(getattr(first, name) * finer) for name in names}
+    arrays = {name: getattr(first, name) for name in ("b", "theta", "v0")}
+    found = {name: np.rint(a * finer) for name, a in arrays.items() if a is not None}
     if max(np.abs(a).max() for a in found.values()) >= 2**31 or found["theta"].min() < 1:
         raise ValueError(f"layer 0: b, theta or v0 does not fit in 32 bits with {encoding} input")
     first = replace(first, **{name: a.astype(np.int32) for name, a in found.items()})
