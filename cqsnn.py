@@ -122,9 +122,8 @@ def use_tf32(allowed):
 def shards(x):
     """Split images x (N, ...) into at most SHARDS slices whose bounds depend on N alone; on a GPU
     into one, which is an eighth of the kernels to start."""
-    n = len(x)
-    parts = max(1, min(SHARDS, n // SMALLEST_SHARD)) if array_module(x) is np else 1
-    edges = [n * i // parts for i in range(parts + 1)]
+    parts = max(1, min(SHARDS, len(x) // SMALLEST_SHARD)) if array_module(x) is np else 1
+    edges = [len(x) * i // parts for i in range(parts + 1)]
     return [slice(*edge) for edge in itertools.pairwise(edges)]
 
 
@@ -790,7 +789,7 @@ def column_sums(x):
 STRIP = 64  # rows that a thread of a GPU adds up
 MOMENTS = """
 extern "C" __global__ void moments(const REAL *z, unsigned rows, unsigned channels,
-    unsigned strip, REAL *about, REAL *sums, unsigned n) {
+    unsigned strip, REAL *found, unsigned n) {
   unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // of a strip of rows, one channel
   if (i >= n) return;
   unsigned c = i % channels, first = i / channels * strip;
@@ -800,9 +799,8 @@ extern "C" __global__ void moments(const REAL *z, unsigned rows, unsigned channe
     sum += off;
     squares += off * off;
   }
-  about[i] = m;
-  sums[(size_t)(i - c) * 2 + c] = sum;
-  sums[(size_t)(i - c) * 2 + channels + c] = squares;
+  REAL *of_strip = found + ((size_t)(i - c) * 3 + c);
+  of_strip[0] = m, of_strip[channels] = sum, of_strip[2 * channels] = squares;
 }"""
 
 
@@ -813,13 +811,11 @@ def moments(z):
     m its mean, rounded; on a GPU it is a strip of rows, and m the first."""
     xp, rows = array_module(z), z.size // z.shape[-1]
     if xp is not np:
-        strips, channels = -(-rows // STRIP), z.shape[-1]
-        n, about = xp.full((strips, 1), STRIP), xp.empty((strips, channels), z.dtype)
-        n[-1] = rows - STRIP * (strips - 1)
-        sums = xp.empty((strips, 2, channels), z.dtype)
-        how = rows, channels, STRIP, about, sums
-        launch(MOMENTS, about.size, xp.ascontiguousarray(z), *how, REAL=z.dtype)
-        return rows, n, about, sums
+        n = xp.minimum(rows - xp.arange(0, rows, STRIP), STRIP)[:, None]
+        found = xp.empty((len(n), 3, z.shape[-1]), z.dtype)
+        how = rows, z.shape[-1], STRIP, found
+        launch(MOMENTS, found.size // 3, xp.ascontiguousarray(z), *how, REAL=z.dtype)
+        return rows, n, found[:, 0], found[:, 1:]
     n, about, sums = [], [], []
     for index in cached_blocks(z.shape):
         part = z[index]
@@ -1288,8 +1284,7 @@ def forward(
     check_choice("activation", activation, ACTIVATIONS)
     if (activation == "quantize") != (levels is not None):
         raise ValueError(f"levels: {levels}, expected a number with quantize and with it alone")
-    xp, unit, tape, how = array_module(x), 1, [], (activation, levels, shift)
-    parts = shards(x)
+    parts, unit, tape, how = shards(x), 1, [], (activation, levels, shift)
     zs = [x[part] for part in ranks.ours(parts)]
     seeds, passed_on = [None] * len(zs), lambda x, seed: (x, None, None)
     for i, layer in enumerate(net):
@@ -1319,7 +1314,7 @@ def forward(
         if rng is not None and layer.kind == "conv" and layer.dropout:
             seeds = ranks.ours([int(seed) for seed in rng.integers(2**63, size=len(parts))])
         unit = levels or 1
-    return xp.concatenate(ranks.gather(zs)), tape
+    return array_module(x).concatenate(ranks.gather(zs)), tape
 
 
 @one_blas_thread
@@ -1644,6 +1639,7 @@ def accuracy(net, params, images, labels, recipe, activation, batch=250, threads
 # 5  Conversion: a trained CNN becomes whole numbers -----------------------------------------------
 
 LAYER_ARRAYS = ("w", "b", "theta", "v0")
+ENCODINGS = ("spikes", "direct")
 
 
 @dataclass(frozen=True, eq=False)
@@ -1749,6 +1745,12 @@ def weight_scale(w, bits, where, channels=False):
     return scale
 
 
+def in_32_bits(arrays):
+    """Return {name: array of whole numbers, or None} in int32; None where one passes 2**31."""
+    fit = all(np.abs(a).max() < 2**31 for a in arrays.values() if a is not None)  # NaN does not
+    return {n: a if a is None else a.astype(np.int32) for n, a in arrays.items()} if fit else None
+
+
 def integer_layer(layer, folded, scale, shift, unit, whole, fires):
     """Return a layer in whole numbers (int32), its input in units of 1/whole, or None where they
     pass 2**31: w = F rint(W S), b = rint(B S F whole), theta = S F whole, v0 = rint(shift theta);
@@ -1758,11 +1760,9 @@ def integer_layer(layer, folded, scale, shift, unit, whole, fires):
         scale = np.asarray(scale, np.float64)  # as an int it may pass 2**63
         w, b = unit * np.rint(folded[0] * scale), np.rint(folded[1] * scale * unit * whole)
         theta = scale * unit * whole
-    arrays = w, b, theta, np.rint(shift * theta if fires else 0 * theta)
-    if not all(np.abs(a).max() < 2**31 for a in arrays if a is not None):  # nor is NaN
-        return None
-    arrays = (a if a is None else a.astype(np.int32) for a in arrays)
-    return SpikingLayer(layer.kind, layer.size, layer.stride, layer.pad, fires, *arrays)
+    v0 = np.rint(shift * theta if fires else 0 * theta)
+    found = in_32_bits({"w": w, "b": b, "theta": theta, "v0": v0})
+    return found and SpikingLayer(layer.kind, layer.size, layer.stride, layer.pad, fires, **found)
 
 
 def largest_sum(layer, largest_input, steps):
@@ -1784,7 +1784,7 @@ def convert(
     channel has its own S, and so its own threshold; the last layer, whose logits are compared,
     has one in any case.
     Raises ValueError, naming the layer, where weights do not fit. Warns of an outsize weight."""
-    check_choice("encoding", encoding, ("spikes", "direct"))
+    check_choice("encoding", encoding, ENCODINGS)
     check_range("weight_bits", weight_bits, 2, 16)
     check_range("steps", steps, 1, 2**31 - 1)
     if shift not in (0, 0.5):
@@ -1814,10 +1814,10 @@ def convert(
 
 def charged(i, layer, b, v0):
     """Return layer i with another bias and initial potential, whole numbers. Raises ValueError."""
-    if max(np.abs(a).max() for a in (b, v0) if a is not None) >= 2**31:
+    found = in_32_bits({"b": b, "v0": v0})
+    if found is None:
         raise ValueError(f"layer {i}: b or v0 passes 2**31, expected a smaller head start or T")
-    b, v0 = (a if a is None else a.astype(np.int32) for a in (b, v0))
-    return replace(layer, b=b, v0=v0)
+    return replace(layer, **found)
 
 
 def head_start(snn, first=7 / 8, others=1 / 4):
@@ -1860,17 +1860,17 @@ def encoded(snn, encoding):
     """Return snn for an encoding of its input, "direct" or "spikes": if it is another, without head
     start, and the first layer's b, theta and v0 in units 255 times finer or coarser. At T = 255,
     where a spike is a grey level, both have one integer CNN. Raises ValueError if they cannot."""
-    check_choice("encoding", encoding, ("spikes", "direct"))
+    check_choice("encoding", encoding, ENCODINGS)
     if encoding == snn.encoding:
         return snn
-    first, *others = head_start(snn, 0, 0).layers
+    snn = head_start(snn, 0, 0)
+    first, *others = snn.layers
     finer = 255 if encoding == "direct" else 1 / 255
     arrays = {name: getattr(first, name) for name in ("b", "theta", "v0")}
-    found = {name: np.rint(a * finer) for name, a in arrays.items() if a is not None}
-    if max(np.abs(a).max() for a in found.values()) >= 2**31 or found["theta"].min() < 1:
+    found = in_32_bits({n: a if a is None else np.rint(a * finer) for n, a in arrays.items()})
+    if found is None or found["theta"].min() < 1:
         raise ValueError(f"layer 0: b, theta or v0 does not fit in 32 bits with {encoding} input")
-    first = replace(first, **{name: a.astype(np.int32) for name, a in found.items()})
-    return replace(snn, encoding=encoding, layers=(first, *others), head_start=(0, 0))
+    return replace(snn, encoding=encoding, layers=(replace(first, **found), *others))
 
 
 def scales(net, params, snn):
@@ -2646,7 +2646,7 @@ def check_network(snn):
     for name, high in (("steps", 2**31 - 1), ("classes", 2**31 - 1), ("unit", 16)):
         check_range(name, getattr(snn, name), 1, high)
     check_range("weight_bits", snn.weight_bits, 2, 16)
-    check_choice("encoding", snn.encoding, ("spikes", "direct"))
+    check_choice("encoding", snn.encoding, ENCODINGS)
     if len(snn.head_start) != 2 or not all(abs(x) <= 1000 for x in snn.head_start):
         raise ValueError(f"head_start {snn.head_start}, expected two numbers")
     for n in snn.input_shape:
@@ -2912,7 +2912,7 @@ def load_vectors(path):
     with refusing(path, "not whole golden vectors: {}"):
         meta = json.loads(str(arrays.pop("meta")))
         steps, images, shapes = (meta[name] for name in ("steps", "images", "shapes"))
-        check_choice("encoding", meta["encoding"], ("spikes", "direct"))
+        check_choice("encoding", meta["encoding"], ENCODINGS)
         if meta["delay"] != delay_of(meta["schedule"], steps):
             raise ValueError(f"delay {meta['delay']}, its schedule is {meta['schedule']!r}")
         inner, direct = list(enumerate(shapes[1:-1])), meta["encoding"] == "direct"

@@ -152,7 +152,7 @@ def chosen_recipe(args):
     if "steps" in given:
         given.setdefault("levels", given["steps"])
     recipe = replace(base, **given)
-    cqsnn.check_choice("--encoding", recipe.encoding, ("spikes", "direct"))
+    cqsnn.check_choice("--encoding", recipe.encoding, cqsnn.ENCODINGS)
     cqsnn.check_choice("--optimizer", recipe.optimizer, cqsnn.OPTIMIZERS)
     for name, low, high in (
         *(("steps", 1, 10**6), ("levels", 1, 10**6), ("batch", 1, 10**6)),

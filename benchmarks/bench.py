@@ -443,14 +443,13 @@ def startup_lines(seconds):
 # The run ------------------------------------------------------------------------------------------
 
 
-def versions(device, peer_python):
+def versions(xp, peer_python):
     """Return the versions of Python and of the packages on both sides."""
     names = ("torch", "spikingjelly")
     code = f"import importlib.metadata as m; print(*map(m.version, {names}))"
     told = subprocess.run([peer_python, "-c", code], capture_output=True, text=True, check=True)
     ours = {f"our {n}": importlib.metadata.version(n) for n in ("numpy", "threadpoolctl")}
-    if device == "gpu":
-        ours["our cupy"] = sys.modules["cupy"].__version__  # its packages have several names
+    ours |= {} if xp is np else {"our cupy": xp.__version__}  # its packages have several names
     peers = dict(zip(names, told.stdout.split()))
     return {"python": platform.python_version(), "cqsnn": cqsnn.__version__, **ours, **peers}
 
@@ -517,13 +516,13 @@ def parse(arguments):
 def measure_all(options, peer_python, work, show):
     """Measure what was asked for, show(lines, results so far) each table as it comes; return all
     results."""
-    _, name = train_cq.array_library(options.device)
+    xp, hardware = train_cq.array_library(options.device)
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["bench.py", *sys.argv[1:]]),
         "device": options.device,
-        "hardware": ", ".join(dict.fromkeys((name, train_cq.cpu_name()))),
-        "versions": versions(options.device, peer_python),
+        "hardware": ", ".join(dict.fromkeys((hardware, train_cq.cpu_name()))),
+        "versions": versions(xp, peer_python),
         "rounds": options.rounds,
     }
     speeds, result["machine"] = machine(options, peer_python, work)

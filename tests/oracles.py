@@ -81,3 +81,15 @@ def assert_gradient(f, array, gradient, rng, points=4):
         np.testing.assert_allclose(
             gradient[index], slope, rtol=1e-6, atol=1e-6 * (1 + np.abs(gradient).max())
         )
+
+
+def assert_moments_of_strips(z, found):
+    """`cqsnn.moments` as a GPU takes them, here on the host: each strip of rows about its first, of
+    whole numbers z (..., C), so that the order of a sum is nothing."""
+    flat, (rows, n, about, sums) = z.reshape(-1, z.shape[-1]), found
+    assert rows == len(flat)
+    for i, first in enumerate(range(0, rows, cqsnn.STRIP)):
+        strip = flat[first : first + cqsnn.STRIP]
+        off = strip - strip[0]
+        assert n[i] == len(strip) and (about[i] == strip[0]).all()
+        assert (sums[i] == [off.sum(0), (off * off).sum(0)]).all()

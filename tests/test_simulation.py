@@ -9,7 +9,7 @@ import pytest
 import spiking_oracles as oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracles import winograd_at_any_size
+from oracles import assert_moments_of_strips, winograd_at_any_size
 
 import cqsnn
 
@@ -239,13 +239,8 @@ def test_law_10_elementwise_kernels_on_a_gpu_are_numpys_bit_for_bit(cupy, how):
     assert all((a == b.get()).all() for a, b in zip(one, other, strict=True))
     one, other = (cqsnn.norm_input_gradient(*map(xp.array, (z, da, *norm))) for xp in (np, cupy))
     assert (one == other.get()).all()
-    rows, n, about, sums = (cqsnn.to_host(a) for a in cqsnn.moments(cupy.asarray(whole)))
-    assert rows == n.sum() == whole.size // 33
-    for i, first in enumerate(range(0, rows, cqsnn.STRIP)):
-        strip = whole.reshape(-1, 33)[first : first + cqsnn.STRIP]
-        off = strip - strip[0]
-        assert n[i] == len(strip) and (about[i] == strip[0]).all()
-        assert (sums[i] == [off.sum(0), (off * off).sum(0)]).all()
+    found = cqsnn.moments(cupy.asarray(whole))
+    assert_moments_of_strips(whole, [cqsnn.to_host(a) for a in found])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
