@@ -111,8 +111,7 @@ def launch(source, size, *arguments, **types):
 
 def use_tf32(allowed):
     """Let CuPy round the operands of float32 products to 11 bits (TF32 tensor cores), or not.
-    Sums of whole numbers need it off; CuPy has no public switch but the variable CUPY_TF32,
-    which it reads once."""
+    Sums of whole numbers need it off; the one public switch, CUPY_TF32, is read only once."""
     from cupy._core import _routines_linalg as cupy_products
 
     kind = cupy_products.COMPUTE_TYPE_TF32 if allowed else cupy_products.COMPUTE_TYPE_DEFAULT
@@ -1781,8 +1780,7 @@ def convert(
     """Turn a trained CNN for images of `shape` into a SpikingNetwork of `weight_bits` weights.
     shift is that of the CQ activation; weights do not depend on steps. F is 16, or the largest
     power of two below it with which everything fits in 32 bits. With channel_scales each output
-    channel has its own S, and so its own threshold; the last layer, whose logits are compared,
-    has one in any case.
+    channel has its own S, and so its own threshold, but in the last layer: logits are compared.
     Raises ValueError, naming the layer, where weights do not fit. Warns of an outsize weight."""
     check_choice("encoding", encoding, ENCODINGS)
     check_range("weight_bits", weight_bits, 2, 16)
@@ -1825,12 +1823,16 @@ def head_start(snn, first=7 / 8, others=1 / 4):
     that have weights, rounded toward 0 to a multiple of T, and b lowered by as much over T steps;
     in place of the head start that it has. T b + v0 stays, and with it all of the integer CNN.
     Spikes come earlier: where they were late beside the biases, which are felt from the first step
-    on, streaming loses less. Negative fractions let a layer wait. For another T see `at_steps`."""
-    layers = list(snn.layers)
+    on, streaming loses less. Negative fractions let a layer wait: those of a first layer fed with
+    spikes are of its potential's deviation while each pixel lags by 0 to 1 spike, the floor of
+    `encode`, so of variance 1/12. For another T see `at_steps`."""
+    layers, starts = list(snn.layers), (snn.head_start, (first, others))
     for i, layer in enumerate(layers):
         if layer.fires and layer.w is not None:
-            starts = (snn.head_start, (first, others))
-            old, new = (np.trunc(layer.theta * start[i > 0] / snn.steps) for start in starts)
+            unit = layer.theta
+            if i == 0 and snn.encoding == "spikes":
+                unit = np.linalg.norm(layer.w.reshape(-1, layer.channels), axis=0) / math.sqrt(12)
+            old, new = (np.trunc(unit * start[i > 0] / snn.steps) for start in starts)
             each = (new - old).astype(np.int64)
             layers[i] = charged(i, layer, layer.b - each, layer.v0 + each * snn.steps)
     return replace(snn, layers=tuple(layers), head_start=(first, others))
@@ -2201,8 +2203,7 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
 
 
 def _run_block(snn, sums, k0, delay, chunk, record):
-    """Simulate some images; return counts, logits over time, spikes (to record), potentials and
-    SynOps."""
+    """Return counts, logits over time, spikes (to record), potentials, SynOps of some images."""
     xp, populations = array_module(k0), []
     below = Source(k0, snn.steps, snn.encoding)
     for (step_sums, first_sums), shape in zip(sums[:-1], snn.shapes[1:-1]):
@@ -3119,8 +3120,7 @@ class PickledArray:
 
 
 class CifarUnpickler(pickle.Unpickler):
-    """Constructs numbers, strings, lists, dicts and PickledArray; refuses any other name before
-    anything is called."""
+    """Constructs numbers, strings, lists, dicts and PickledArray; calls nothing of another name."""
 
     def find_class(self, module, name):
         """Return PickledArray for the three names that a pickled NumPy array needs."""

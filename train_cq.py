@@ -48,7 +48,7 @@ _VGG = {"optimizer": "muon", "lr": 0.09, "batch": 256, "dropout": 0.15}
 NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
 SCHEDULES = ("streaming", "1", "2", "4", "synchronous")
 # with which a network in colour loses least: v0 in all, first layer and others, by encoding
-HEAD_STARTS = {"direct": (7 / 8, 1 / 4), "spikes": (-1, 0)}
+HEAD_STARTS = {"direct": (7 / 8, 1 / 4), "spikes": (-3 / 2, 1 / 4)}
 _CIFAR_SCHEDULES = ("streaming", "1", "2", "4", "8", "synchronous")
 DATASET_SCHEDULES = {"cifar10": _CIFAR_SCHEDULES, "cifar100": _CIFAR_SCHEDULES}
 VERSIONS = {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
@@ -107,7 +107,7 @@ def add_conversion_options(p):
     p.add_argument("--weight-bits", type=int, nargs="+", metavar="B", help=text)
     text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
     p.add_argument("--channel-scales", action="store_true", help=text)
-    text = "potential given, in thresholds, and taken off the bias: first layer, others"
+    text = "potential given and taken off the bias, in thresholds (README): first layer, others"
     p.add_argument("--head-start", type=float, nargs=2, metavar=("X", "Y"), help=text)
     text = "streaming, synchronous or a delay of 0 to T steps a layer"
     p.add_argument("--schedule", nargs="+", metavar="S", help=text)

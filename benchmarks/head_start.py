@@ -1,11 +1,13 @@
 """How far streaming and a delay of 1 are from the integer CNN, by head start, on training images.
 
     python benchmarks/head_start.py SNN.npz DATASET DATA_DIR [--images N] [--steps T] [--levels L]
+        [--encoding E]
 
 Prints, for each pair of thresholds' fractions (first layer, others) at which potentials start, the
 shift h included, the root mean square error of the logits, over the deviation of the integer CNN's
 about each image's mean: what the fractions in train_cq.py and the README were chosen by. Options
-are those of `train_cq.py --simulate`, whose --head-start takes such fractions less h.
+are those of `train_cq.py --simulate`, whose --head-start takes such fractions less h. With spikes
+as input those of the first layer are of the deviation in `cqsnn.head_start`, beside h.
 """
 
 import argparse
@@ -24,7 +26,7 @@ PAIRS = {
         (1 / 2, 1 / 2),
         *((x, y / 8) for x in (0.875, 0.95, 0.99) for y in range(5)),
     ],
-    "spikes": [(0, 0), (1 / 2, 1 / 4), *((x, y) for x in (-1 / 2, -1, -2) for y in (0, 1 / 4))],
+    "spikes": [(0, 0), *((x / 2, y) for x in range(-4, 0) for y in (0, 1 / 4))],
 }
 SCHEDULES = ("streaming", "1")
 
@@ -44,8 +46,10 @@ def main():
     p.add_argument("--images", type=int, default=100, help="the last of the training set")
     for name in ("steps", "levels"):
         p.add_argument(f"--{name}", type=int)
+    p.add_argument("--encoding", choices=cqsnn.ENCODINGS)
     args = p.parse_args()
     snn = cqsnn.head_start(cqsnn.load_snn(args.snn), 0, 0)
+    snn = cqsnn.encoded(snn, args.encoding or snn.encoding)
     snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
     shift = float((snn.layers[0].v0 / snn.layers[0].theta).mean())
     (pixels, _), _ = cqsnn.load_dataset(args.dataset, args.data_dir)
@@ -54,7 +58,8 @@ def main():
     print(f"{args.snn}: {len(k0)} images of {args.dataset}, {snn.encoding} input, T = {snn.steps}")
     print(f"{'first':>7} {'others':>7} " + " ".join(f"{s:>10}" for s in SCHEDULES))
     for pair in PAIRS[snn.encoding]:
-        network = cqsnn.head_start(snn, pair[0] - shift, pair[1] - shift)
+        first = pair[0] - shift * (snn.encoding == "direct")
+        network = cqsnn.head_start(snn, first, pair[1] - shift)
         errors = [error(network, k0, schedule, exact) for schedule in SCHEDULES]
         print("{:7.3f} {:7.3f} ".format(*pair) + " ".join(f"{e:10.3f}" for e in errors), flush=True)
 

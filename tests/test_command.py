@@ -695,9 +695,8 @@ def test_colour_has_a_head_start_of_its_own_and_a_shift_is_part_of_it():
 
     colour = ("--dataset", "cifar100")
     assert start(*colour) == [7 / 8, 1 / 4] and start(*colour, shift=0.5) == [3 / 8, 0]
-    assert (
-        start(*colour, encoding="spikes") == start(*colour, encoding="spikes", shift=0.5) == [-1, 0]
-    )
+    assert start(*colour, encoding="spikes") == [-3 / 2, 1 / 4]
+    assert start(*colour, encoding="spikes", shift=0.5) == [-3 / 2, 0]
     assert start() == [0, 0] and start("--head-start", "0.5", "-2", shift=0.5) == [0.5, -2]
 
 
