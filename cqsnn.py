@@ -1780,7 +1780,7 @@ def convert(
     """Turn a trained CNN for images of `shape` into a SpikingNetwork of `weight_bits` weights.
     shift is that of the CQ activation; weights do not depend on steps. F is 16, or the largest
     power of two below it with which everything fits in 32 bits. With channel_scales each output
-    channel has its own S, and so its own threshold, but in the last layer: logits are compared.
+    channel has its own S, and so its own threshold, except in the last: logits are compared.
     Raises ValueError, naming the layer, where weights do not fit. Warns of an outsize weight."""
     check_choice("encoding", encoding, ENCODINGS)
     check_range("weight_bits", weight_bits, 2, 16)
@@ -1818,17 +1818,18 @@ def charged(i, layer, b, v0):
     return replace(layer, **found)
 
 
-def head_start(snn, first=7 / 8, others=1 / 4):
-    """Return snn with v0 raised by these fractions of theta, in the first layer and in the others
-    that have weights, rounded toward 0 to a multiple of T, and b lowered by as much over T steps;
-    in place of the head start that it has. T b + v0 stays, and with it all of the integer CNN.
-    Spikes come earlier: where they were late beside the biases, which are felt from the first step
-    on, streaming loses less. Negative fractions let a layer wait: those of a first layer fed with
-    spikes are of its potential's deviation while each pixel lags by 0 to 1 spike, the floor of
-    `encode`, so of variance 1/12. For another T see `at_steps`."""
+def head_start(snn, first, others):
+    """Return snn with v0 raised by `first` units in the first layer and by `others` thetas in the
+    others that have weights, rounded toward 0 to a multiple of T, and b lowered by as much over T
+    steps; in place of the head start that it has. T b + v0 stays, and with it the integer CNN.
+    The unit is theta: spikes come earlier, no longer late beside the biases, which are felt from
+    the first step on. With spikes as input it is sqrt(sum w**2 / 12), and v0 becomes (O,): how far
+    potentials deviate while pixels are 0 to 1 spike short of k0 t / T, the floor in `Source`, if
+    these lags are uniform and independent. A negative start lets a layer wait: what it fires too
+    soon is never taken back. For another T see `at_steps`."""
     layers, starts = list(snn.layers), (snn.head_start, (first, others))
     for i, layer in enumerate(layers):
-        if layer.fires and layer.w is not None:
+        if layer.fires and layer.w is not None and starts[0][i > 0] != starts[1][i > 0]:
             unit = layer.theta
             if i == 0 and snn.encoding == "spikes":
                 unit = np.linalg.norm(layer.w.reshape(-1, layer.channels), axis=0) / math.sqrt(12)
@@ -2115,8 +2116,7 @@ class Population:
         if self.xp is not np:
             arrays = self.xp.ascontiguousarray(products), self.sums.b, self.theta
             how = self.sums.b.size, self.theta.size, len(products), self.v, spikes
-            types = {"REAL": products.dtype, "WHOLE": self.v.dtype}
-            launch(FIRE, self.v.size, *arrays, *how, **types)
+            launch(FIRE, self.v.size, *arrays, *how, REAL=products.dtype, WHOLE=self.v.dtype)
             return
         change = np.empty_like(self.v)
         for product, spike in zip(products, spikes):
@@ -2181,16 +2181,15 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     xp = array_module(k0)
     batch, chunk = memory_limits(snn, xp, len(k0), batch, chunk, threads or CORES)
 
-    def prepared(i, layer):
-        largest = snn.largest_input(i)
+    def prepared(i):
+        layer, largest = snn.layers[i], snn.largest_input(i)
         integer = integer_dtype(snn.steps * largest_sum(layer, largest, 1))
         first = Sums(snn, i, xp, largest * delay, delay, batch, integer) if delay else None
         if delay == snn.steps and layer.fires:  # nothing is left after the delay
             return first, first
         return Sums(snn, i, xp, largest, 1, batch * chunk, integer), first
 
-    layers = range(len(snn.layers)), snn.layers
-    sums = over_shards(prepared, *layers, threads=threads if xp is np else 1)
+    sums = over_shards(prepared, range(len(snn.layers)), threads=threads if xp is np else 1)
     blocks = [k0[start : start + batch] for start in range(0, len(k0), batch)]
     how = (delay, chunk, record)
     runs = over_shards(lambda block: _run_block(snn, sums, block, *how), blocks, threads=threads)
@@ -3047,8 +3046,7 @@ def fetch(url, path, size, sha256, progress=lambda n: None):
 
 
 def download(name, data_dir, progress=lambda n: None):
-    """Fetch the official files of a data set that are not yet under data_dir; see `fetch`.
-    An archive stays packed: its members are read by name, its paths are never followed."""
+    """Fetch the official files of a data set that are not yet under data_dir; see `fetch`."""
     check_choice("download", name, [name for name in DATASETS if DOWNLOADS[name]])
     dataset = DATASETS[name]
     folder = Path(data_dir) if dataset.archive else Path(data_dir) / dataset.folder
@@ -3120,7 +3118,7 @@ class PickledArray:
 
 
 class CifarUnpickler(pickle.Unpickler):
-    """Constructs numbers, strings, lists, dicts and PickledArray; calls nothing of another name."""
+    """Constructs numbers, strings, lists, dicts and PickledArray; any other name is refused."""
 
     def find_class(self, module, name):
         """Return PickledArray for the three names that a pickled NumPy array needs."""

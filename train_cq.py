@@ -47,7 +47,7 @@ RECIPES = {
 _VGG = {"optimizer": "muon", "lr": 0.09, "batch": 256, "dropout": 0.15}
 NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
 SCHEDULES = ("streaming", "1", "2", "4", "synchronous")
-# with which a network in colour loses least: v0 in all, first layer and others, by encoding
+# with which networks in colour lose least, first layer and others; h is a part of positive ones
 HEAD_STARTS = {"direct": (7 / 8, 1 / 4), "spikes": (-3 / 2, 1 / 4)}
 _CIFAR_SCHEDULES = ("streaming", "1", "2", "4", "8", "synchronous")
 DATASET_SCHEDULES = {"cifar10": _CIFAR_SCHEDULES, "cifar100": _CIFAR_SCHEDULES}
@@ -107,7 +107,7 @@ def add_conversion_options(p):
     p.add_argument("--weight-bits", type=int, nargs="+", metavar="B", help=text)
     text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
     p.add_argument("--channel-scales", action="store_true", help=text)
-    text = "potential given and taken off the bias, in thresholds (README): first layer, others"
+    text = "potential given, off the bias: first layer, others; in thresholds (spikes: README)"
     p.add_argument("--head-start", type=float, nargs=2, metavar=("X", "Y"), help=text)
     text = "streaming, synchronous or a delay of 0 to T steps a layer"
     p.add_argument("--schedule", nargs="+", metavar="S", help=text)
@@ -118,7 +118,7 @@ def add_recipe_options(p):
     """Add an option for each field of a Recipe."""
     text = "or in words: 32C3-A-64C3-A-FC"
     p.add_argument("--net", metavar="NET", help=", ".join([*cqsnn.NETWORKS, text]))
-    text = "input as spikes or direct (pixels at every step); --simulate: without head start"
+    text = "input as spikes or direct (pixels at every step); --simulate: see --head-start"
     p.add_argument("--encoding", help=text)
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
     text = "levels of activations (default: T); with --simulate, those that --steps round like"
@@ -778,7 +778,7 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
 
 def head_start_of(args, encoding, shift):
     """Return the two fractions for `cqsnn.head_start`: those asked for; or HEAD_STARTS, of which
-    the CQ activation's shift is a part already."""
+    the CQ activation's shift is a part already, unless they are negative."""
     if args.head_start is not None:
         return args.head_start
     if args.dataset not in ("cifar10", "cifar100"):
@@ -975,7 +975,7 @@ def report_file(args, snn, test):
     if folder and any((folder / name).exists() for name in ("model.npz", "snn.npz")):
         raise ValueError(f"--out: {folder}: holds a training and its report, expected another")
     report = begun_report(args) | {"steps": snn.steps, "encoding": snn.encoding}
-    report["levels"] = args.levels
+    report |= {"levels": args.levels, "head_start": snn.head_start}
     writes = folder and args.ranks.rank == 0
     with locked(folder) if writes else contextlib.nullcontext():
         report |= simulate(args, snn, test)

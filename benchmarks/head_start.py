@@ -7,7 +7,7 @@ Prints, for each pair of thresholds' fractions (first layer, others) at which po
 shift h included, the root mean square error of the logits, over the deviation of the integer CNN's
 about each image's mean: what the fractions in train_cq.py and the README were chosen by. Options
 are those of `train_cq.py --simulate`, whose --head-start takes such fractions less h. With spikes
-as input those of the first layer are of the deviation in `cqsnn.head_start`, beside h.
+as input the first is in deviations, see `cqsnn.head_start`, and h comes on top.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PAIRS = {
         (1 / 2, 1 / 2),
         *((x, y / 8) for x in (0.875, 0.95, 0.99) for y in range(5)),
     ],
-    "spikes": [(0, 0), *((x / 2, y) for x in range(-4, 0) for y in (0, 1 / 4))],
+    "spikes": [*((x / 2, y) for x in range(-4, 1) for y in (0, 1 / 4))],
 }
 SCHEDULES = ("streaming", "1")
 
@@ -45,13 +45,13 @@ def main():
         p.add_argument(name)
     p.add_argument("--images", type=int, default=100, help="the last of the training set")
     for name in ("steps", "levels"):
-        p.add_argument(f"--{name}", type=int)
-    p.add_argument("--encoding", choices=cqsnn.ENCODINGS)
+        p.add_argument(f"--{name}", type=int, help="the file's unless given")
+    p.add_argument("--encoding", choices=cqsnn.ENCODINGS, help="the file's unless given")
     args = p.parse_args()
     snn = cqsnn.head_start(cqsnn.load_snn(args.snn), 0, 0)
     snn = cqsnn.encoded(snn, args.encoding or snn.encoding)
-    snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
     shift = float((snn.layers[0].v0 / snn.layers[0].theta).mean())
+    snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
     (pixels, _), _ = cqsnn.load_dataset(args.dataset, args.data_dir)
     k0 = cqsnn.predicted(snn, pixels[-args.images :])
     exact = cqsnn.integer_forward(snn, k0).logits.astype(np.float64)
