@@ -118,7 +118,7 @@ def add_recipe_options(p):
     """Add an option for each field of a Recipe."""
     text = "or in words: 32C3-A-64C3-A-FC"
     p.add_argument("--net", metavar="NET", help=", ".join([*cqsnn.NETWORKS, text]))
-    text = "input as spikes or direct (pixels at every step); --simulate: see --head-start"
+    text = "input as spikes or direct (pixels at every step); --simulate: no head start but X Y"
     p.add_argument("--encoding", help=text)
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
     text = "levels of activations (default: T); with --simulate, those that --steps round like"
