@@ -54,6 +54,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -1540,6 +1541,7 @@ def mirrored_images(n, seed, epoch):
 
 def encode(pixels, steps):
     """Return the spikes that each pixel (uint8) emits in `steps` steps: floor(p * T / 255)."""
+    check_range("steps", steps, 1, 2**31 - 1)
     if pixels.dtype != np.uint8:
         raise ValueError(f"pixels: {pixels.dtype}, expected uint8")
     table = np.arange(256, dtype=np.int64) * steps // 255
@@ -1611,7 +1613,6 @@ def train_epoch(
     return float(loss) / n, float(correct) / n
 
 
-@one_blas_thread
 def take_statistics(net, params, images, recipe, rng, threads=None, ranks=ALONE):
     """Take i.mean and i.var anew for the quantised network, in place: their average over batches
     of the training images (N, H, W, C) as they are, neither moved nor cut, with weights at rest.
@@ -1624,7 +1625,6 @@ def take_statistics(net, params, images, recipe, rng, threads=None, ranks=ALONE)
         forward(net, params, x, *recipe.how("quantize"), rng, threads, 1 / k, ranks.of(x))
 
 
-@one_blas_thread
 def accuracy(net, params, images, labels, recipe, activation, batch=250, threads=None, ranks=ALONE):
     """Return the fraction of images (N, H, W, C) uint8 that the CNN classifies as labelled."""
     correct = 0  # stays on the device until the end
@@ -1818,6 +1818,9 @@ def charged(i, layer, b, v0):
     return replace(layer, **found)
 
 
+MOST_HEAD_START = 1000  # units
+
+
 def head_start(snn, first, others):
     """Return snn with v0 raised by `first` units in the first layer and by `others` thetas in the
     others that have weights, rounded toward 0 to a multiple of T, and b lowered by as much over T
@@ -1827,7 +1830,10 @@ def head_start(snn, first, others):
     potentials deviate while pixels are 0 to 1 spike short of k0 t / T, the floor in `Source`, if
     these lags are uniform and independent. A negative start lets a layer wait: what it fires too
     soon is never taken back. For another T see `at_steps`."""
-    layers, starts = list(snn.layers), (snn.head_start, (first, others))
+    starts = snn.head_start, (float(first), float(others))
+    if not all(abs(x) <= MOST_HEAD_START for x in starts[1]):
+        raise ValueError(f"head start: {starts[1]}, expected up to {MOST_HEAD_START} either way")
+    layers = list(snn.layers)
     for i, layer in enumerate(layers):
         if layer.fires and layer.w is not None and starts[0][i > 0] != starts[1][i > 0]:
             unit = layer.theta
@@ -1836,7 +1842,7 @@ def head_start(snn, first, others):
             old, new = (np.trunc(unit * start[i > 0] / snn.steps) for start in starts)
             each = (new - old).astype(np.int64)
             layers[i] = charged(i, layer, layer.b - each, layer.v0 + each * snn.steps)
-    return replace(snn, layers=tuple(layers), head_start=(first, others))
+    return replace(snn, layers=tuple(layers), head_start=starts[1])
 
 
 def at_steps(snn, steps, levels=None):
@@ -1848,7 +1854,7 @@ def at_steps(snn, steps, levels=None):
     levels = steps if levels is None else levels
     for name, value in (("steps", steps), ("levels", levels)):
         check_range(name, value, 1, 2**31 - 1)
-    start, snn = snn.head_start, replace(head_start(snn, 0, 0), steps=steps)
+    start, snn = snn.head_start, replace(head_start(snn, 0, 0), steps=int(steps))
     layers = list(snn.layers)
     for i, layer in enumerate(layers):
         charge = (1 - steps / levels) * ((layer.theta - 1) / 2 - layer.v0)
@@ -2345,7 +2351,6 @@ def evaluate(
     return sum(ranks.gather([correct])) / n, report
 
 
-@one_blas_thread
 def moved_levels(net, params, snn, images, recipe, batch=100, threads=None, ranks=ALONE):
     """Return, for each firing layer, the fraction of levels of the CQ network (L = T) that the
     integer CNN has otherwise: what rounding the weights has moved. images (N, H, W, C) uint8."""
@@ -2374,18 +2379,6 @@ class LayerCertificate(NamedTuple):
     late_in_all: int
 
 
-def largest_of_smaller(rising, falling, low, high, shape):
-    """Return max over whole s from low to high of min(rising(s), falling(s)), at least 0, for
-    arrays of `shape`: one function grows with s, the other falls; bisection finds where."""
-    first, last = np.full(shape, low), np.full(shape, max(low, high))
-    while (first < last).any():
-        middle = (first + last) // 2
-        crossed = rising(middle) >= falling(middle)
-        first, last = np.where(crossed, first, middle + 1), np.where(crossed, middle, last)
-    at, before = (np.minimum(rising(s), falling(s)) for s in (first, np.maximum(first - 1, low)))
-    return np.maximum(np.maximum(at, before), 0) if low <= high else np.zeros(shape, np.int64)
-
-
 def count_errors(layer, lowest, highest, steps, delay):
     """Bound how far the counts of a layer can be from clamp(floor(U / theta), 0, T), arrays like
     `lowest` and `highest`, the currents that each neuron can have in a step. Let N = max(0,
@@ -2399,16 +2392,13 @@ def count_errors(layer, lowest, highest, steps, delay):
     for d >= T - 1, where every comparison sees the whole charge U."""
     theta, v0 = (np.broadcast_to(a.astype(np.int64), lowest.shape) for a in (layer.theta, layer.v0))
     down, up = np.maximum(-lowest, 0), np.maximum(highest, 0)
-    early = largest_of_smaller(
-        lambda s: np.minimum(s - delay, (v0 + s * up) // theta),
-        lambda s: -(-(steps - s) * down // theta),
-        *(delay + 1, steps - 1, lowest.shape),
-    )
-    late = largest_of_smaller(
-        lambda j: j,
-        lambda j: -(-(steps - delay - j) * up // theta) - (steps - j),
-        *(1, steps - delay - 1, lowest.shape),
-    )
+    early = late = np.zeros(lowest.shape, np.int64)
+    for s in range(delay + 1, steps):
+        most = np.minimum(s - delay, (v0 + s * up) // theta)
+        early = np.maximum(early, np.minimum(most, -(-(steps - s) * down // theta)))
+    for j in range(1, steps - delay):
+        lack = -(-(steps - delay - j) * up // theta) - (steps - j)
+        late = np.maximum(late, np.minimum(j, lack))
     return early, late
 
 
@@ -2574,32 +2564,25 @@ def refusing(path, wrong):
         raise ValueError(f"{path}: {wrong.format(one_line(error))}") from None
 
 
-def check_npz(archive):
-    """Raise ValueError unless a .npz file, an open ZipFile, holds what the headers of its arrays
-    say, and no more than LARGEST_FILE: otherwise reading it could take any amount of memory."""
-    unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > LARGEST_FILE:
-        raise ValueError(f"unpacks to {unpacked:,} bytes, expected up to {LARGEST_FILE:,}")
-    for entry in archive.infolist():
-        with archive.open(entry) as file:
+def read_npz(path, file_format=None):
+    """Return the arrays of a .npz file, of a format of ours where one is named, or raise
+    ValueError with its name and reason. No pickle. At most LARGEST_FILE is unpacked, and an array
+    made only where its header agrees with its bytes: it could ask for any amount of memory."""
+    arrays = {}
+    with refusing(path, "damaged or not a .npz file ({})"), zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > LARGEST_FILE:
+            raise ValueError(f"unpacks to {unpacked:,} bytes, expected up to {LARGEST_FILE:,}")
+        for entry in archive.infolist():
+            with archive.open(entry) as packed:  # read whole, or nobody checks its CRC
+                file = io.BytesIO(packed.read(entry.file_size))
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             if file.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
                 raise ValueError(f"{entry.filename}: {entry.file_size} bytes for shape {shape}")
-
-
-def read_npz(path, file_format=None):
-    """Return the arrays of a .npz file, of a format of ours where one is named, or raise
-    ValueError with its name and reason. No pickle."""
-    wrong = "damaged or not a .npz file ({})"
-    with refusing(path, wrong), open(path, "rb") as file:
-        if file.read(2) != b"PK":  # of which NumPy would say that it may hold a pickle
-            raise ValueError("it begins otherwise than a zip archive")
-    with refusing(path, wrong), np.load(path, allow_pickle=False) as file:
-        check_npz(file.zip)
-        arrays, damaged = dict(file), file.zip.testzip()  # an array read in part has no CRC
-        if damaged:
-            raise ValueError(f"{damaged} fails its checksum")
+            file.seek(0)
+            name = entry.filename.removesuffix(".npy")
+            arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
     found = None if file_format is None else str(arrays.pop("format", "none"))
     if not arrays:
         raise ValueError(f"{path}: holds no arrays, expected some")
@@ -2647,13 +2630,16 @@ def check_network(snn):
         check_range(name, getattr(snn, name), 1, high)
     check_range("weight_bits", snn.weight_bits, 2, 16)
     check_choice("encoding", snn.encoding, ENCODINGS)
-    if len(snn.head_start) != 2 or not all(abs(x) <= 1000 for x in snn.head_start):
-        raise ValueError(f"head_start {snn.head_start}, expected two numbers")
+    if len(snn.head_start) != 2 or not all(abs(x) <= MOST_HEAD_START for x in snn.head_start):
+        raise ValueError(f"head_start {snn.head_start}, expected two, up to {MOST_HEAD_START}")
     for n in snn.input_shape:
         check_range("input_shape", n, 1, 2**15)
     shape = snn.input_shape
     if len(shape) != 3 or not snn.layers:
         raise ValueError(f"input_shape {shape} and {len(snn.layers)} layers, expected 3 and some")
+    spiking = snn.encoding == "spikes" and snn.head_start[0] and snn.layers[0]
+    if spiking and spiking.fires and spiking.w is not None and spiking.v0.ndim == 0:
+        raise ValueError("a head start in thresholds, from a version before 2026-11-26")
     for i, layer in enumerate(snn.layers):
         _check_layer(layer, i, shape)
         (shape,) = output_shapes([layer], shape, snn.classes)
@@ -3173,4 +3159,8 @@ def load_dataset(name, data_dir="data"):
             wrong = f"{found[-1][0]}: {len(labels)} labels up to {max(labels, default='none')}"
             raise ValueError(f"{wrong}, expected {len(images)} > 0 below {dataset.classes}")
         parts.append((images, labels.astype(np.int64)))
+    sizes = [images.shape[1:] for images, _ in parts]
+    if sizes[0] != sizes[1]:
+        where = every[dataset.test[0]][0]
+        raise ValueError(f"{where}: images of {sizes[1]}, expected {sizes[0]} as in training")
     return tuple(parts)

@@ -295,7 +295,8 @@ def check_shapes(where, found, expected):
             raise ValueError(f"{where}: array {name}: {ours}, expected {wanted}")
 
 
-LOG_KEYS = {"epoch", "stage", "loss", "train_accuracy", "test_accuracy", "seconds"}
+LOG_KINDS = {"epoch": int, "stage": str, "loss": float, "train_accuracy": float}
+LOG_KINDS |= {"test_accuracy": float, "seconds": float}
 
 
 def previous_run(folder, settings, expected, epochs, resume):
@@ -309,16 +310,16 @@ def previous_run(folder, settings, expected, epochs, resume):
     if not isinstance(meta, dict) or any(type(meta.get(k)) is not v for k, v in kinds.items()):
         raise ValueError(f"{path}: not a whole checkpoint: no settings, epoch or log in meta")
     theirs = asdict(Recipe("")) | meta["settings"]  # an older version has fewer
-    theirs["init"] = theirs.get("init") and os.path.normpath(str(theirs["init"]))
     for name in settings | theirs:
         if settings.get(name) != theirs.get(name):
             wrong = f"{folder}: holds a run with {name} {theirs.get(name)}"
             found = settings.get(name)
             raise ValueError(f"{wrong}, found {found}; expected the same, or another --out")
-    if not resume and meta["epoch"] < epochs:
-        wrong = f"{folder}: holds a run after epoch {meta['epoch']} of {epochs}"
+    if not resume and (meta["epoch"] < epochs or not (folder / "report.json").exists()):
+        wrong = f"{folder}: holds a run without report, after epoch {meta['epoch']} of {epochs}"
         raise ValueError(f"{wrong}; expected --resume to go on with it, or another --out")
-    lines = [line for line in meta["log"] if isinstance(line, dict) and line.keys() >= LOG_KEYS]
+    lines = [line for line in meta["log"] if isinstance(line, dict)]
+    lines = [line for line in lines if all(type(line.get(k)) is v for k, v in LOG_KINDS.items())]
     if not len(meta["log"]) == len(lines) == meta["epoch"] <= epochs:
         wrong = f"{path}: after epoch {meta['epoch']} with {len(lines)} whole lines of log"
         raise ValueError(f"{wrong}, expected as many, up to {epochs}")
@@ -412,6 +413,7 @@ def train(args, recipe, net, folder, data, xp):
         meta["log"].append(line | {"test_accuracy": tested, "seconds": round(seconds, 2)})
         meta["epoch"] = epoch + 1
         if args.ranks.rank == 0:
+            (folder / "report.json").unlink(missing_ok=True)  # of the run that this one replaces
             cqsnn.save_model(folder / "model.npz", params, state, meta)
             write_json(folder / "log.jsonl", *meta["log"])
         args.begun = True
@@ -430,7 +432,8 @@ def train(args, recipe, net, folder, data, xp):
 
 def schedules_of(args, brief=False):
     """Return the schedules to simulate: all, or in brief only streaming and synchronous of them."""
-    every = list(dict.fromkeys(map(str, args.schedule)))
+    every = [str(int(s)) if s.isdecimal() else s for s in map(str, args.schedule)]
+    every = list(dict.fromkeys(every))
     return [s for s in every if s in ("streaming", "synchronous")] or every if brief else every
 
 
@@ -443,17 +446,10 @@ def simulate(args, snn, test, brief=False):
     macs = cqsnn.macs(snn)
     figures = {name: {s: row[name] for s, row in rows.items()} for name in rows[schedules[0]]}
     seconds = {"simulate": figures.pop("seconds")}
-    accuracies = {"integer_accuracy": exact, "snn_accuracy": figures.pop("accuracy")}
-    return (
-        accuracies
-        | figures
-        | {
-            "macs_per_image": sum(macs),
-            "input_macs_per_image": macs[0] if snn.encoding == "direct" else 0,
-            "images": len(test[0]),
-            "seconds": seconds,
-        }
-    )
+    found = {"integer_accuracy": exact, "snn_accuracy": figures.pop("accuracy")} | figures
+    found["macs_per_image"] = sum(macs)
+    found["input_macs_per_image"] = macs[0] if snn.encoding == "direct" else 0
+    return found | {"images": len(test[0]), "seconds": seconds}
 
 
 def print_result(name, snn, report):
@@ -746,7 +742,7 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
         "epochs": dict(recipe.stages),
         "train_images": len(images),
     }
-    report["head_start"] = head_start_of(args, recipe.encoding, recipe.shift)
+    report["head_start"] = head_start_of(args, recipe, recipe.encoding)
     report |= stage_accuracies(args, recipe, net, params, meta["log"], test)
     convert = functools.partial(converted, args, recipe, net, params, test[0].shape[1:])
     rows, began, every = [], time.perf_counter(), dict.fromkeys(args.weight_bits)
@@ -769,6 +765,7 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
     convert_other_encoding(args, report, convert, test)
     if args.ranks.rank == 0:
         write_json(folder / "log.jsonl", *meta["log"])  # a kill may have come before the last one
+        (folder / "report.json").unlink(missing_ok=True)  # that of another snn.npz
         cqsnn.save_snn(folder / "snn.npz", networks[0])
         write_json(folder / "report.json", report)
         drawn = draw(folder, report, meta["log"], networks[0], test[0][:20], args.threads)
@@ -776,21 +773,23 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
         print(f"\nwritten to {folder}: {', '.join(files)}")
 
 
-def head_start_of(args, encoding, shift):
-    """Return the two fractions for `cqsnn.head_start`: those asked for; or HEAD_STARTS, of which
-    the CQ activation's shift is a part already, unless they are negative."""
-    if args.head_start is not None:
-        return args.head_start
+def head_start_of(args, recipe, encoding):
+    """Return the two fractions for `cqsnn.head_start`: those asked for, unless they are in units of
+    the recipe's own encoding; or HEAD_STARTS, of which the CQ activation's shift is a part already,
+    unless they are negative."""
+    asked = args.head_start
+    if asked is not None and (encoding == recipe.encoding or not any(asked)):
+        return asked
     if args.dataset not in ("cifar10", "cifar100"):
         return [0, 0]
-    return [max(x - shift, min(x, 0)) for x in HEAD_STARTS[encoding]]
+    return [max(x - recipe.shift, min(x, 0)) for x in HEAD_STARTS[encoding]]
 
 
 def converted(args, recipe, net, params, shape, bits, encoding):
     """Return the SpikingNetwork of some width and input encoding, with its head start."""
     how = {"shift": recipe.shift, "channel_scales": args.channel_scales}
     snn = cqsnn.convert(net, params, shape, recipe.steps, bits, encoding=encoding, **how)
-    return cqsnn.head_start(snn, *head_start_of(args, encoding, recipe.shift))
+    return cqsnn.head_start(snn, *head_start_of(args, recipe, encoding))
 
 
 def convert_other_encoding(args, report, convert, test):
@@ -975,7 +974,7 @@ def report_file(args, snn, test):
     if folder and any((folder / name).exists() for name in ("model.npz", "snn.npz")):
         raise ValueError(f"--out: {folder}: holds a training and its report, expected another")
     report = begun_report(args) | {"steps": snn.steps, "encoding": snn.encoding}
-    report |= {"levels": args.levels, "head_start": snn.head_start}
+    report |= {n: getattr(snn, n) for n in ("weight_bits", "head_start")} | {"levels": args.levels}
     writes = folder and args.ranks.rank == 0
     with locked(folder) if writes else contextlib.nullcontext():
         report |= simulate(args, snn, test)
@@ -1078,7 +1077,7 @@ def main(command=None):
     except FloatingPointError as error:
         return end(ranks, 1, f"train_cq: {error}; expected a finite one: try a lower --lr")
     except (ValueError, OSError, MemoryError) as error:
-        return end(ranks, 2, f"train_cq: {' '.join(str(error).split())}")
+        return end(ranks, 2, f"train_cq: {' '.join(str(error).split()) or type(error).__name__}")
     except Exception as error:
         if ranks.size == 1:
             raise

@@ -94,10 +94,10 @@ def command(report):
         return text
     asked = train_cq.parser().parse_args(words)
     fractions = report.get("head_start", [0, 0])
-    if fractions != list(train_cq.head_start_of(asked, report["encoding"], report["shift"])):
+    recipe, now = Recipe(**report["recipe"]), asdict(train_cq.chosen_recipe(asked))
+    if fractions != list(train_cq.head_start_of(asked, recipe, recipe.encoding)):
         text += " --head-start {:g} {:g}".format(*fractions)
-    now = asdict(train_cq.chosen_recipe(asked))
-    for name, value in (asdict(Recipe("")) | report["recipe"]).items():
+    for name, value in asdict(recipe).items():
         if value != now[name]:
             flag = name.replace("_", "-")
             on = isinstance(value, bool)

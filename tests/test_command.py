@@ -232,6 +232,10 @@ def nameless_stage(params, state, meta):
     del meta["log"][0]["stage"]
 
 
+def seconds_in_words(params, state, meta):
+    meta["log"][0]["seconds"] = "x"
+
+
 def doubled_weights(params, state, meta):
     params["0.w"] = params["0.w"].astype(np.float64)
 
@@ -246,7 +250,10 @@ def unknown_momentum(params, state, meta):
 
 @pytest.mark.parametrize(
     "change",
-    [renamed_epoch, shorter_log, nameless_stage, doubled_weights, stepless_adam, unknown_momentum],
+    [
+        *(renamed_epoch, shorter_log, nameless_stage, seconds_in_words),
+        *(doubled_weights, stepless_adam, unknown_momentum),
+    ],
 )
 def test_doctored_checkpoint_is_refused(change, quick, tmp_path):
     saved = cqsnn.load_model(quick / "run" / "model.npz")
@@ -255,6 +262,32 @@ def test_doctored_checkpoint_is_refused(change, quick, tmp_path):
     cqsnn.save_model(tmp_path / "run" / "model.npz", *saved)
     done = train_cq(tmp_path, *QUICK, "--out", "run", "--resume")
     assert_refused(done, "run/model.npz", "expected")
+
+
+def test_a_run_without_report_is_not_over(quick, tmp_path):
+    """Killed in its conversion, say: a training of hours is not begun anew without being asked."""
+    shutil.copytree(quick / "run", tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    before = (tmp_path / "run" / "model.npz").read_bytes()
+    how = (*QUICK, "--out", "run")
+    assert_refused(train_cq(tmp_path, *how), "run: ", "without report", "--resume")
+    assert (tmp_path / "run" / "model.npz").read_bytes() == before
+    assert_works(train_cq(tmp_path, *how, "--resume"))
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+@pytest.mark.parametrize("broken, resume", [("save_snn", ["--resume"]), ("save_model", [])])
+def test_a_report_is_that_of_the_files_beside_it(broken, resume, quick, tmp_path, monkeypatch):
+    """A kill comes when a file is replaced: the report of the old one is gone."""
+    shutil.copytree(quick / "run", tmp_path / "run")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cqsnn, broken, killed)
+    how = [*QUICK, "--out", str(tmp_path / "run"), "--data-dir", str(ROOT / "data")]
+    assert train_cq_module.main([*how, "--weight-bits", "4", *resume]) == 130
+    assert not (tmp_path / "run" / "report.json").exists()
 
 
 def test_what_a_run_left_is_not_replaced(quick, tmp_path):
@@ -684,20 +717,25 @@ def test_head_start_is_in_the_file_and_can_be_given_to_one(quick, tmp_path):
     how = [*SMALL, "--simulate", quick / "run" / "snn.npz", "--head-start", "0.5", "0.25"]
     assert_works(train_cq(tmp_path, *how, "--out", "again"))
     reports = [report_of(tmp_path / name) for name in ("run", "again")]
-    for name in ("integer_accuracy", "snn_accuracy", "wrong_counts", "synops_per_image"):
+    same = ("weight_bits", "integer_accuracy", "snn_accuracy", "wrong_counts", "synops_per_image")
+    for name in same:
         assert reports[0][name] == reports[1][name]
 
 
 def test_colour_has_a_head_start_of_its_own_and_a_shift_is_part_of_it():
     def start(*words, encoding="direct", shift=0.0):
         args = train_cq_module.parser().parse_args([*words])
-        return list(train_cq_module.head_start_of(args, encoding, shift))
+        recipe = cqsnn.Recipe("allconv", encoding="direct", shift=shift)
+        return list(train_cq_module.head_start_of(args, recipe, encoding))
 
-    colour = ("--dataset", "cifar100")
+    colour, asked = ("--dataset", "cifar100"), ("--head-start", "0.5", "-2")
     assert start(*colour) == [7 / 8, 1 / 4] and start(*colour, shift=0.5) == [3 / 8, 0]
     assert start(*colour, encoding="spikes") == [-3 / 2, 1 / 4]
     assert start(*colour, encoding="spikes", shift=0.5) == [-3 / 2, 0]
-    assert start() == [0, 0] and start("--head-start", "0.5", "-2", shift=0.5) == [0.5, -2]
+    assert start() == [0, 0] and start(*asked, shift=0.5) == [0.5, -2]
+    # in thresholds, which is not the unit of the other encoding; 0 is 0 in any
+    assert start(*colour, *asked, encoding="spikes") == [-3 / 2, 1 / 4]
+    assert start(*colour, "--head-start", "0", "0", encoding="spikes") == [0, 0]
 
 
 def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):
@@ -705,8 +743,10 @@ def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):
     done = train_cq(tmp_path, *how, "--certify", "--schedule", "streaming", "synchronous")
     assert_works(done)
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[:2] for row in rows if row[:1] == ["1"]] == [["1", "pool"]] * 2
-    assert all(row[-1] == "exact" or "+" in row[-2] for row in rows if row[:1] in (["1"], ["3"]))
+    streaming, synchronous = ([row for row in rows if row[:2] == [i, "pool"]] for i in "13")
+    for pool in streaming, synchronous:  # of either schedule: its own error, that in all
+        assert [row[10] for row in pool] == ["exact"] * 2
+        assert "+" in pool[0][11] and pool[1][11] == "exact"
     assert "Exact: every comparison" in done.stdout
 
     done = train_cq(tmp_path, *how, "--explain", "--schedule", "synchronous")
@@ -776,6 +816,20 @@ def test_a_network_of_one_layer_is_simulated_explained_and_drawn(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["images"] == 3
     assert_works(train_cq(tmp_path, *how, "--explain", "0", "--schedule", "streaming"))
     assert (tmp_path / "out" / "explain-0-streaming.png").exists()
+
+
+def test_a_delay_is_simulated_once_however_it_is_written():
+    args = train_cq_module.parser().parse_args(["--schedule", "05", "5", "synchronous", "\u0665"])
+    assert train_cq_module.schedules_of(args) == ["5", "synchronous"]
+
+
+def test_an_error_without_text_is_named(monkeypatch, capsys):
+    def no_memory(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(cqsnn, "load_dataset", no_memory)
+    assert train_cq_module.main([]) == 2
+    assert capsys.readouterr().err == "train_cq: MemoryError\n"
 
 
 @pytest.mark.parametrize("question", ["certify", "explain", "digest", "record x.npz"])

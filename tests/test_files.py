@@ -18,7 +18,7 @@ import threading
 import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +248,20 @@ def test_snn_files_that_are_not_whole_are_refused(spoil, tmp_path):
     with pytest.raises(ValueError) as caught:
         cqsnn.load_snn(path)
     assert_one_line(caught, path)
+
+
+def test_a_head_start_of_an_older_unit_is_refused(tmp_path):
+    """One in thresholds gave a first layer fed with spikes a single v0; now each channel has one."""
+    net = cqsnn.network("3C3-FC")
+    params = cqsnn.init_params(net, (6, 6, 1), 4, np.random.default_rng(0))
+    snn = cqsnn.head_start(cqsnn.convert(net, params, (6, 6, 1), 8), np.float32(-1.5), 0.25)
+    snn = cqsnn.at_steps(snn, np.int64(6))
+    cqsnn.save_snn(tmp_path / "new.npz", snn)
+    assert cqsnn.load_snn(tmp_path / "new.npz").head_start == (-1.5, 0.25)
+    first = replace(snn.layers[0], v0=np.array(-8, np.int32))
+    cqsnn.save_snn(tmp_path / "old.npz", replace(snn, layers=(first, *snn.layers[1:])))
+    with pytest.raises(ValueError, match=r"old.npz: .*in thresholds, from a version before"):
+        cqsnn.load_snn(tmp_path / "old.npz")
 
 
 def test_wrong_version_is_refused_with_both_versions(tmp_path):
@@ -842,6 +856,13 @@ IDX_DAMAGE = {
     "a label less": ("train-labels-idx1-ubyte", lambda d: d[:7] + bytes([d[7] - 1]) + d[8:-1]),
     "no label": ("t10k-labels-idx1-ubyte", lambda d: d[:4] + bytes(4)),
 }
+
+
+def test_test_images_of_another_size_are_refused(tmp_path):
+    write_idx(tmp_path / "mnist", [images_and_labels(n, 10, (n, 8), n) for n in (13, 5)])
+    found = r"t10k-images-idx3-ubyte: images of \(5, 8, 1\), expected \(13, 8, 1\) as in training"
+    with pytest.raises(ValueError, match=found):
+        cqsnn.load_dataset("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])

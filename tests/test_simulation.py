@@ -849,6 +849,17 @@ def test_no_steps_and_no_levels_are_refused(wrong):
         cqsnn.at_steps(snn, **wrong)
 
 
-def test_encode_takes_bytes_alone():
+@pytest.mark.parametrize("first", [np.nan, np.inf, -1001])
+def test_a_head_start_is_a_number_that_a_file_can_hold(first):
+    net, params = random_cnn(WORDS[0], (9, 8, 2), 3, spread=0.1)
+    snn = cqsnn.convert(net, params, (9, 8, 2), 4, 8)
+    with pytest.raises(ValueError, match=r"head start: .*, 0.0\), expected up to 1000 either way"):
+        cqsnn.head_start(snn, first, 0)
+
+
+def test_encode_takes_bytes_alone_and_some_steps():
     with pytest.raises(ValueError, match="pixels: float64, expected uint8"):
         cqsnn.encode(np.zeros((1, 2, 2, 1)), 4)
+    for steps, found in ((0, "0, expected 1 to"), (4.5, "4.5, expected a whole number")):
+        with pytest.raises(ValueError, match=f"steps: {found}"):
+            cqsnn.encode(np.zeros((1, 2, 2, 1), np.uint8), steps)

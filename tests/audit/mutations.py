@@ -89,8 +89,8 @@ MUTATIONS = {
         SIMULATION,
     ),
     "certify one spike too few": (
-        "lambda s: -(-(steps - s) * down // theta),",
-        "lambda s: (steps - s) * down // theta,",
+        "np.minimum(most, -(-(steps - s) * down // theta))",
+        "np.minimum(most, (steps - s) * down // theta)",
         "tests/test_certificate.py",
     ),
     "bound Winograd's sums by half": (
