@@ -2496,8 +2496,8 @@ def divergence(snn, k0, schedule="streaming", threads=None):
 
 
 def spike_digest(snn, k0, schedule="streaming", together=8, **how):
-    """Return SHA-256 over, image by image, every firing layer's spikes (T, H, W, C) as bytes and
-    the logits as little-endian int64: one line to compare two machines by."""
+    """Return SHA-256 over, image by image, the spikes (T, H, W, C) of one firing layer after the
+    other, a byte each, and its logits at the end, little-endian int64: to compare machines by."""
     found = hashlib.sha256()
     for start in range(0, len(k0), together):
         run = simulate(snn, k0[start : start + together], schedule, True, **how)
@@ -2765,7 +2765,8 @@ def from_state(net, arrays, shape=None, classes=None):
         if layer.kind == "pool":
             continue
         if not weighted or (layer.norm and not plain and not norms):
-            raise ValueError(f"layer {i} ({layer.kind}): no tensors left, expected its weights")
+            lacks = "a norm for each convolution, or none at all" if weighted else "its weights"
+            raise ValueError(f"layer {i} ({layer.kind}): no tensors left, expected {lacks}")
         module = weighted.pop(0)
         found = modules[module]["weight"].shape
         channels = channels or found[0 if layer.kind == "depthwise" else 1]

@@ -80,20 +80,20 @@ def parser():
     text = "about the network of --simulate, instead of its accuracy: one of"
     asked = p.add_argument_group(text).add_mutually_exclusive_group()
     text = "prove, without images, what its potentials and its wrong counts can reach"
-    asked.add_argument("--certify", action="store_true", help=text)
+    asked.add_argument("--certify", action="store_const", const=True, help=text)
     text = "show where spikes leave what the integer CNN needs: for a test image, or for all"
-    asked.add_argument("--explain", nargs="?", const="all", metavar="INDEX", help=text)
+    asked.add_argument("--explain", type=int, nargs="?", const=True, metavar="INDEX", help=text)
     text = "print one SHA-256 of every spike, to compare machines by"
-    asked.add_argument("--digest", action="store_true", help=text)
+    asked.add_argument("--digest", action="store_const", const=True, help=text)
     text = "write the spikes of test images, by --limit and one --schedule, as golden vectors"
     asked.add_argument("--record", metavar="VECTORS.npz", help=text)
     asked.add_argument("--export-nir", metavar="FILE.nir", help="write a NIR graph (package nir)")
     run = p.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random")
-    run.add_argument("--device", default="auto", help="auto, cpu or gpu")
+    run.add_argument("--device", default="auto", help="auto (default), cpu or gpu")
     run.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
     run.add_argument("--tf32", action="store_true", help="train in TF32, of 11 bits (a GPU)")
-    text = "the run folder (default: runs/DATASET-NET)"
+    text = "the run folder (default: runs/DATASET-NET); what --simulate and --explain N give"
     run.add_argument("--out", metavar="DIR", help=text)
     text = "begin with these weights: a PyTorch state dict (.npz, .safetensors) or a model.npz"
     run.add_argument("--init", metavar="FILE", help=text)
@@ -107,9 +107,9 @@ def add_conversion_options(p):
     p.add_argument("--weight-bits", type=int, nargs="+", metavar="B", help=text)
     text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
     p.add_argument("--channel-scales", action="store_true", help=text)
-    text = "potential given, off the bias: first layer, others; in thresholds (spikes: README)"
+    text = "initial potential of the first layer and of others, off their bias (units: README)"
     p.add_argument("--head-start", type=float, nargs=2, metavar=("X", "Y"), help=text)
-    text = "streaming, synchronous or a delay of 0 to T steps a layer"
+    text = "streaming, synchronous or a delay of 0 to T steps a layer (default: several)"
     p.add_argument("--schedule", nargs="+", metavar="S", help=text)
     p.add_argument("--simulate", metavar="SNN.npz", help="simulate this file, train nothing")
 
@@ -118,14 +118,14 @@ def add_recipe_options(p):
     """Add an option for each field of a Recipe."""
     text = "or in words: 32C3-A-64C3-A-FC"
     p.add_argument("--net", metavar="NET", help=", ".join([*cqsnn.NETWORKS, text]))
-    text = "input as spikes or direct (pixels at every step); --simulate: no head start but X Y"
+    text = "input as spikes or direct (pixels at every step); a file's head start is dropped"
     p.add_argument("--encoding", help=text)
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
-    text = "levels of activations (default: T); with --simulate, those that --steps round like"
+    text = "levels of activations (default: T); with --simulate, what the file was trained at"
     p.add_argument("--levels", type=int, metavar="L", help=text)
     p.add_argument("--shift", type=float, help="added to a level before the floor: 0 or 0.5")
     for stage in cqsnn.ACTIVATIONS:
-        p.add_argument(f"--{stage}-epochs", type=int, metavar="N", help=f"with {stage}")
+        p.add_argument(f"--{stage}-epochs", type=int, metavar="N", help=f"epochs with {stage}")
     p.add_argument("--batch", type=int, metavar="N", help="images a training step")
     p.add_argument("--optimizer", help=", ".join(cqsnn.OPTIMIZERS))
     p.add_argument("--lr", type=float, metavar="X", help="highest learning rate of each stage")
@@ -361,10 +361,8 @@ def initial_params(path, net, shape, classes, expected):
     if str(arrays.get("format", "")) == cqsnn.MODEL_FORMAT:
         params = cqsnn.load_model(path)[0]
     else:
-        try:
+        with cqsnn.refusing(f"--init: {path}", "{}"):
             params = cqsnn.from_state(net, arrays, shape, classes)
-        except ValueError as error:
-            raise ValueError(f"--init: {path}: {error}") from None
     check_shapes(f"--init: {path}", params, expected)
     return {name: params[name].astype(np.float32) for name in expected}
 
@@ -432,8 +430,7 @@ def train(args, recipe, net, folder, data, xp):
 
 def schedules_of(args, brief=False):
     """Return the schedules to simulate: all, or in brief only streaming and synchronous of them."""
-    every = [str(int(s)) if s.isdecimal() else s for s in map(str, args.schedule)]
-    every = list(dict.fromkeys(every))
+    every = list(dict.fromkeys(str(int(s)) if s.isdecimal() else s for s in args.schedule))
     return [s for s in every if s in ("streaming", "synchronous")] or every if brief else every
 
 
@@ -452,12 +449,17 @@ def simulate(args, snn, test, brief=False):
     return found | {"images": len(test[0]), "seconds": seconds}
 
 
+def network_label(snn, levels):
+    """Return what tables say of a network: bits, input, T, and L and head start where not usual."""
+    text = f"{snn.weight_bits}-bit weights, {snn.encoding} input, T = {snn.steps}"
+    text += f", L = {levels}" if levels not in (None, snn.steps) else ""
+    return text + (", head start {:g} {:g}".format(*snn.head_start) if any(snn.head_start) else "")
+
+
 def print_result(name, snn, report):
     """Print what each schedule costs and gives; what the columns mean is in the README."""
-    print(
-        f"\n{name}, {snn.weight_bits}-bit weights, {snn.encoding} input, "
-        f"T = {snn.steps}, {report['images']:,} test images"
-    )
+    images = f"{report['images']:,} {'held-out' if report['hold_out'] else 'test'} images"
+    print(f"\n{name}, {network_label(snn, report['levels'])}, {images}")
     cq = f"float CQ network {report['cq_accuracy']:.4f}   " if "cq_accuracy" in report else ""
     print(f"{cq}integer CNN {report['integer_accuracy']:.4f}")
     head = f"{'schedule':12} {'accuracy':>8} {'steps to answer':>16} {'wrong counts':>15} "
@@ -769,7 +771,7 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
         cqsnn.save_snn(folder / "snn.npz", networks[0])
         write_json(folder / "report.json", report)
         drawn = draw(folder, report, meta["log"], networks[0], test[0][:20], args.threads)
-        files = "snn.npz", "report.json", "log.jsonl", *drawn
+        files = "model.npz", "snn.npz", "report.json", "log.jsonl", *drawn
         print(f"\nwritten to {folder}: {', '.join(files)}")
 
 
@@ -803,7 +805,8 @@ def convert_other_encoding(args, report, convert, test):
     few = [a[:OTHER_IMAGES] for a in test]
     report["other_encoding"] = {"encoding": encoding, "head_start": snn.head_start}
     report["other_encoding"] |= simulate(args, snn, few)
-    print_result(args.dataset, snn, {"dataset": args.dataset} | report["other_encoding"])
+    same = {name: report[name] for name in ("levels", "hold_out")}
+    print_result(args.dataset, snn, same | report["other_encoding"])
 
 
 def train_and_convert(args):
@@ -835,22 +838,22 @@ def train_and_convert(args):
         convert_and_report(args, recipe, net, params, meta, folder, data)
 
 
-def print_certificate(snn, schedule):
+def print_certificate(snn, levels, schedule):
     """Print what `certify` proves of a network under a schedule."""
-    print(f"\n{schedule_label(schedule)}, T = {snn.steps}, {snn.encoding} input, for every image:")
+    print(f"\n{schedule_label(schedule)}, {network_label(snn, levels)}, for every image:")
     print(
         f"{'layer':14} {'current in a step':>22} {'potential':>24} {'bits':>4} {'sums':>8} "
-        f"{'own error':>12} {'error in all':>14}"
+        f"{'own error':>12} {'error in all':>22}"
     )
     rows = cqsnn.certify(snn, schedule)
     for i, (layer, row) in enumerate(zip(snn.layers, rows)):
-        errors = [f"+{row.early} -{row.late}", f"+{row.early_in_all} -{row.late_in_all}"]
+        errors = [f"+{row.early} -{row.late}", f"+{row.early_in_all:,} -{row.late_in_all:,}"]
         if layer.fires:
             errors = ["exact" if error == "+0 -0" else error for error in errors]
         print(
             f"{f'{i} {layer.kind}':14} {'{:,} to {:,}'.format(*row.current):>22} "
             f"{'{:,} to {:,}'.format(*row.potential):>24} {row.bits:4} {row.carrier.__name__:>8} "
-            f"{errors[0] if layer.fires else 'logits':>12} {errors[1]:>14}"
+            f"{errors[0] if layer.fires else 'logits':>12} {errors[1]:>22}"
         )
     if cqsnn.delay_of(schedule, snn.steps) >= snn.steps - 1:
         print("Exact: every comparison with theta sees the whole charge (README, certificate).")
@@ -934,7 +937,7 @@ def simulate_file(args):
     training, defaults = set(asdict(Recipe(""))) - {"steps", "levels", "encoding"}, parser()
     for name in sorted(training | {"weight_bits", "channel_scales", "init", "resume", "tf32"}):
         if getattr(args, name) is not defaults.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')}: with --simulate, expected training")
+            raise ValueError(f"--{name.replace('_', '-')}: of training, expected no --simulate")
     path = args.export_nir
     if path and os.path.exists(path) and os.path.samefile(path, args.simulate):
         raise ValueError(f"{path}: the file of --simulate, expected another")
@@ -953,7 +956,7 @@ def simulate_file(args):
     snn = snn if args.head_start is None else cqsnn.head_start(snn, *args.head_start)
     if args.certify:
         for schedule in schedules_of(args):
-            print_certificate(snn, schedule)
+            print_certificate(snn, args.levels, schedule)
         return
     if args.export_nir is not None:
         export_nir(args.export_nir, snn)
@@ -963,7 +966,7 @@ def simulate_file(args):
     if snn.classes != classes and not (args.digest or args.record is not None):  # no labels
         found = f"{args.simulate}: a network of {snn.classes} classes"
         raise ValueError(f"{found}, expected the {classes} of {args.dataset}")
-    asked = {digest: args.digest or None, explain: args.explain, record: args.record}
+    asked = {digest: args.digest, explain: args.explain, record: args.record}
     answers = [answer for answer, wish in asked.items() if wish is not None]
     (answers or [report_file])[0](args, snn, test)
 
@@ -981,7 +984,8 @@ def report_file(args, snn, test):
         print_result(f"{args.simulate}: {args.dataset}", snn, report)
         if writes:
             write_json(folder / "report.json", report)
-            draw(folder, report, (), snn, test[0][:20], args.threads)
+            drawn = draw(folder, report, (), snn, test[0][:20], args.threads)
+            print(f"\nwritten to {folder}: {', '.join(['report.json', *drawn])}")
 
 
 def export_nir(path, snn):
@@ -1016,18 +1020,15 @@ def record(args, snn, test):
 
 def explain(args, snn, test):
     """Explain every schedule, for one image or for all of them."""
-    if args.explain != "all" and not args.explain.isdecimal():
-        raise ValueError(f"--explain: {args.explain!r}, expected the number of a test image")
     for schedule in schedules_of(args):
-        if args.explain == "all":
+        if args.explain is True:  # of no image: of all
             explain_all(args, snn, test, schedule)
             continue
-        index = int(args.explain)
-        cqsnn.check_range("--explain", index, 0, len(test[0]) - 1)
-        picture = explain_image(args, snn, test, schedule, index)
+        cqsnn.check_range("--explain", args.explain, 0, len(test[0]) - 1)
+        picture = explain_image(args, snn, test, schedule, args.explain)
         if args.out:
             with locked(Path(args.out)):
-                save_pictures(Path(args.out), {f"explain-{index}-{schedule}": picture})
+                save_pictures(Path(args.out), {f"explain-{args.explain}-{schedule}": picture})
 
 
 def end(ranks, status, text):
@@ -1059,14 +1060,14 @@ def main(command=None):
         args.command, args.ranks = command, ranks
         args.how = {"threads": args.threads or ranks.threads, "ranks": ranks}
         asked = ("certify", "explain", "digest", "record", "export_nir")
-        for n in (n for n in asked if getattr(args, n) not in (None, False)):
+        for n in (n for n in asked if getattr(args, n) is not None):
             name = f"--{n.replace('_', '-')}"
             if args.simulate is None:
                 wrong = f"{name}: no network to ask about"
                 raise ValueError(f"{wrong}, expected --simulate SNN.npz with it")
             if ranks.size > 1:
                 raise ValueError(f"{name}: {ranks.size} ranks, expected one")
-            if args.out is not None and (n != "explain" or args.explain == "all"):
+            if args.out is not None and (n != "explain" or args.explain is True):
                 raise ValueError(f"--out: {args.out}: {name} writes nothing there, expected none")
         (train_and_convert if args.simulate is None else simulate_file)(args)
     except (KeyboardInterrupt, BrokenPipeError) as error:
