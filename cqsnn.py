@@ -1874,7 +1874,7 @@ def encoded(snn, encoding):
         return snn
     snn = head_start(snn, 0, 0)
     first, *others = snn.layers
-    finer = 255 if encoding == "direct" else 1 / 255
+    finer = 255.0 if encoding == "direct" else 1 / 255
     arrays = {name: getattr(first, name) for name in ("b", "theta", "v0")}
     found = in_32_bits({n: a if a is None else np.rint(a * finer) for n, a in arrays.items()})
     if found is None or found["theta"].min() < 1:
@@ -1927,7 +1927,7 @@ def integer_forward(snn, k0, threads=None):
     sums = [Sums(snn, i, xp, snn.largest_input(i) * steps, steps, parts[0].stop) for i in layers]
 
     def run(inputs):
-        charge = inputs * sums[0].integer(steps if snn.encoding == "direct" else 1)
+        charge = inputs.astype(sums[0].integer) * (steps if snn.encoding == "direct" else 1)
         counts = [charge]
         for layer, current in zip(snn.layers, sums):
             charge = current(counts[-1], steps)
@@ -1964,7 +1964,7 @@ def half_linear(layer, x, w, unit):
     xp = array_module(x)
     if layer.kind == "dense":
         z = xp.empty((len(x), w.shape[1]), np.float32)
-        half_matmul(x.reshape(len(x), -1).astype(np.float16, copy=False), w, z, unit)
+        half_matmul(xp.ascontiguousarray(x.reshape(len(x), -1), np.float16), w, z, unit)
         return z
     geometry, matrix = (layer.size, layer.stride, layer.pad), w.reshape(-1, w.shape[3])
     z = xp.empty((len(x), *output_size(x.shape, *geometry), w.shape[3]), np.float32)
@@ -2534,6 +2534,15 @@ def write_file(path, write):
             partial.unlink()
 
 
+def lock(file):
+    """Make an open file this process's own until it is closed, or raise BlockingIOError.
+    On a system without such locks two processes at once are the user's care."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 LARGEST_FILE = 2**31  # bytes that a file may unpack to: no more is read of any
 
 
@@ -2726,28 +2735,16 @@ def _state_modules(arrays):
     return modules
 
 
-def _state_weights(layer, found, channels, before, classes):
-    """Return the shape that PyTorch's weights of a layer have, given the one that was found, the
-    channels and, where known, the shape of its input, and the classes."""
-    if layer.kind == "dense":
-        square = max(1, math.isqrt(found[1] // channels)) ** 2
-        positions = 1 if layer.mean else math.prod(before[:-1]) if before else square
-        return layer.units or classes or found[0], channels * positions
-    outputs, inputs = (channels, 1) if layer.kind == "depthwise" else (layer.channels, channels)
-    return outputs, inputs, layer.size - layer.mean, layer.size - layer.mean
-
-
-def from_state(net, arrays, shape=None, classes=None):
+def from_state(net, arrays, shape, classes):
     """Return float32 parameters of net from a PyTorch state dict {name: array}, for images of
-    `shape` (H, W, C) and so many classes where they are said; else as the tensors have it.
-    Tensors are told by their shape and order, whatever their modules are called: the weights
-    (O, C, K, K), (C, 1, K, K) of a trainable pooling, and (O, in) with `in` flattened in C, H, W
-    order go to the layers that have weights, one after another; weight, bias, running_mean and
-    running_var of each norm to the layers that have one. A convolution's bias is taken off the
-    running mean; without any norm, beta is that bias and the norm otherwise changes nothing.
+    `shape` (H, W, C) and so many classes. Tensors are told by their shape and order, whatever
+    their modules are called: the weights (O, C, K, K), (C, 1, K, K) of a trainable pooling, and
+    (O, in) with `in` flattened in C, H, W order go to the layers that have weights, one after
+    another; weight, bias, running_mean and running_var of each norm to the layers that have one.
+    A convolution's bias is taken off the running mean; without any norm, beta is that bias and
+    the norm otherwise changes nothing.
     Raises ValueError that names the tensor, what was found and what was expected."""
-    modules, params, channels = _state_modules(arrays), {}, shape[2] if shape else None
-    befores = [shape, *output_shapes(net, shape, classes or 1)] if shape else [None] * len(net)
+    modules, params, outputs = _state_modules(arrays), {}, output_shapes(net, shape, classes)
     weighted = [name for name, m in modules.items() if m.get("weight", np.zeros(1)).ndim > 1]
     norms = [name for name, m in modules.items() if "running_mean" in m]
     plain = not norms
@@ -2761,19 +2758,18 @@ def from_state(net, arrays, shape=None, classes=None):
             raise ValueError(f"{module}.{leaf}: {found}, expected shape {shape} of finite numbers")
         return array
 
-    for i, layer in enumerate(net):
+    for i, (layer, before, out) in enumerate(zip(net, [shape, *outputs], outputs)):
         if layer.kind == "pool":
             continue
         if not weighted or (layer.norm and not plain and not norms):
             lacks = "a norm for each convolution, or none at all" if weighted else "its weights"
             raise ValueError(f"layer {i} ({layer.kind}): no tensors left, expected {lacks}")
-        module = weighted.pop(0)
-        found = modules[module]["weight"].shape
-        channels = channels or found[0 if layer.kind == "depthwise" else 1]
-        expected = _state_weights(layer, found, channels, befores[i], classes)
-        w = tensor(module, "weight", expected)
-        params[f"{i}.w"], channels = channels_last(layer, w, channels), len(w)
-        bias, one = tensor(module, "bias", (len(w),), 0), (len(w),)
+        module, one, kernel = weighted.pop(0), out[-1:], (layer.size - layer.mean,) * 2
+        inputs = {"conv": (before[-1], *kernel), "depthwise": (1, *kernel)}
+        inputs["dense"] = (before[-1] if layer.mean else math.prod(before),)
+        w = tensor(module, "weight", one + inputs[layer.kind])
+        params[f"{i}.w"] = channels_last(layer, w, before[-1])
+        bias = tensor(module, "bias", one, 0)
         values = {"gamma": 1, "beta": bias, "mean": 0, "var": 1 - BATCH_NORM_EPS}
         if layer.norm and not plain:
             norm = norms.pop(0)
@@ -3004,6 +3000,7 @@ def fetch(url, path, size, sha256, progress=lambda n: None):
     partial, failures = path.with_name(f".{path.name}.partial"), 0
     try:
         with open(partial, "ab") as file:
+            lock(file)
             most = file.tell()  # a server that sends it all again may get less far each time
             progress(most)
             while file.tell() < size:
@@ -3021,11 +3018,15 @@ def fetch(url, path, size, sha256, progress=lambda n: None):
                 time.sleep(failures)
             file.flush()
             os.fsync(file.fileno())
-        found = hashlib.sha256(partial.read_bytes()).hexdigest()
-        if found != sha256 or partial.stat().st_size != size:
-            raise ValueError(f"{url}: SHA-256 {found}, expected {sha256}; it was deleted")
+            found = hashlib.sha256(partial.read_bytes()).hexdigest()
+            if found != sha256 or partial.stat().st_size != size:
+                raise ValueError(f"{url}: SHA-256 {found}, expected {sha256}; it was deleted")
         os.replace(partial, path)
+    except BlockingIOError:
+        raise ConnectionError(f"{url}: another process is downloading it") from None
     except ConnectionError:
+        if partial.stat().st_size == 0:
+            partial.unlink()
         raise  # and keep what came
     except (OSError, ValueError):
         partial.unlink(missing_ok=True)

@@ -264,16 +264,12 @@ def locked(folder):
     """Make the run folder ours alone while we work; the lock goes with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below
+        file = open(folder / ".lock", "w")  # noqa: SIM115 closed by the with below
     except OSError as error:
         raise ValueError(f"--out: {folder}: {error.strerror}, expected a folder to write") from None
-    with lock:
+    with file:
         try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on this system: two runs at once are then the user's care
-            pass
+            cqsnn.lock(file)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is writing this run folder") from None
         yield

@@ -119,6 +119,12 @@ class Device(np.ndarray):
     def __bool__(self):
         return bool(self._number())
 
+    def item(self, *index):
+        return self._number().item(*index)
+
+    def tolist(self):
+        return self._number().tolist()
+
     __index__ = __int__
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **how):

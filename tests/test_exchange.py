@@ -109,7 +109,7 @@ def test_logits_are_those_of_the_model_that_the_weights_come_from(
         np.savez(path, **state)
     else:
         safetensors.numpy.save_file(state, path)
-    params = cqsnn.from_state(net, cqsnn.load_state(path))
+    params = cqsnn.from_state(net, cqsnn.load_state(path), shape, 3)
     start = cqsnn.init_params(net, shape, 3, rng)
     assert {k: a.shape for k, a in params.items()} == {k: a.shape for k, a in start.items()}
     x = rng.random((3, *shape))
@@ -125,7 +125,7 @@ def test_every_network_of_the_table_takes_its_tensors_in_any_names(name):
     net, rng = cqsnn.NETWORKS[name], np.random.default_rng(1)
     last = cqsnn.output_shapes(net, shape, 10)[-2]
     modules = torch_modules(net, shape[2], last[0] * last[1], rng, classes=10)
-    params = cqsnn.from_state(net, state_of(modules, "backbone.block{}.part"))
+    params = cqsnn.from_state(net, state_of(modules, "backbone.block{}.part"), shape, 10)
     start = cqsnn.init_params(net, shape, 10, rng)
     assert {k: a.shape for k, a in params.items()} == {k: a.shape for k, a in start.items()}
     weights = [m["weight"] for m in modules if m["weight"].ndim > 1]
@@ -155,8 +155,6 @@ def test_maps_that_are_not_square_are_taken_with_the_shape_of_images():
     net, rng = cqsnn.network("3C3-A-4C2p0-FC"), np.random.default_rng(0)
     modules = torch_modules(net, 2, 3 * 1, rng)
     state = state_of(modules)
-    with pytest.raises(ValueError, match=r"features\.4\.weight: shape \(3, 12\)"):
-        cqsnn.from_state(net, state)
     params = cqsnn.from_state(net, state, shape=(8, 4, 2), classes=3)
     x = rng.random((2, 8, 4, 2)).astype(np.float32)
     logits, _ = cqsnn.forward(net, params, x, activation="relu")
@@ -171,7 +169,8 @@ def test_dense_layers_of_safetensors_come_last_whatever_they_are_called(tmp_path
     modules = torch_modules(net, 2, 4, rng)
     state = state_of(modules[:-1]) | state_of(modules[-1:], "classifier")
     safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
-    params = cqsnn.from_state(net, cqsnn.load_state(tmp_path / "model.safetensors"))
+    state = cqsnn.load_state(tmp_path / "model.safetensors")
+    params = cqsnn.from_state(net, state, (6, 6, 2), 3)
     assert (params["3.b"] == modules[-1]["bias"]).all()
 
 
@@ -186,7 +185,7 @@ def spoiled_state(spoil):
     net = cqsnn.network("3C3-A-4C2p0-FC")
     state = state_of(torch_modules(net, 2, 4, np.random.default_rng(0)))
     spoil(state)
-    return net, state
+    return net, state, (6, 6, 2), 3
 
 
 def put(name, array):
@@ -263,7 +262,7 @@ def test_init_starts_from_the_weights_of_a_file(tmp_path):
     still = [*QUICK, "--init", "model.npz", "--lr", "1e-30", "--schedule", "streaming"]
     assert_works(train_cq(tmp_path, *still, "--out", "run"))
     params, _, _ = cqsnn.load_model(tmp_path / "run" / "model.npz")
-    wanted = cqsnn.from_state(net, state)
+    wanted = cqsnn.from_state(net, state, (8, 8, 1), 10)
     for key in ("0.w", "2.w", "4.w", "0.gamma", "2.beta", "4.b"):
         assert (params[key] == wanted[key]).all()
     again = [*QUICK, "--init", "run/model.npz", "--lr", "1e-30", "--schedule", "streaming"]

@@ -30,6 +30,7 @@ def same_bits(ours, theirs):
     assert ours.shape == theirs.shape and ours.tobytes() == theirs.get().tobytes()
 
 
+# without -0, whose sign np.clip keeps or not by how it goes through an array; no sum tells it
 SPECIAL = np.array([0, 1, -3, 7, np.nan, np.inf, -np.inf, 5e-45, 1 - 2**-24, 1 + 2**-23])
 HOW = (("relu", None, 0.0), ("clamp", None, 0.0), ("quantize", 100, 0.0), ("quantize", 29, 0.5))
 shapes = st.sampled_from([(3, 5, 4, 7), (2, 1, 1, 1), (40, 3), (1, 16, 16, 2)])
@@ -326,3 +327,14 @@ def test_weights_that_lie_column_by_column_give_the_same_sums_on_a_device(tmp_pa
     with installed():
         theirs = cqsnn.simulate(snn, device.wrapped(k0.copy())).logits
     same_bits(cqsnn.simulate(snn, k0).logits, theirs)
+
+
+def test_images_that_lie_column_by_column_give_the_same_counts_on_a_device():
+    net, rng = cqsnn.network("FC"), np.random.default_rng(0)
+    params = cqsnn.init_params(net, (1, 1, 5), 3, rng)
+    snn = cqsnn.convert(net, params, (1, 1, 5), 4)
+    k0 = np.asfortranarray(rng.integers(0, 5, (6, 1, 1, 5)))
+    assert not k0.reshape(6, 5).flags.c_contiguous
+    with installed():
+        theirs = cqsnn.integer_forward(snn, device.wrapped(k0.copy(order="F"))).logits
+    same_bits(cqsnn.integer_forward(snn, k0).logits, theirs)

@@ -1,5 +1,6 @@
 """Laws 3 to 12 and 15 of the README: spiking arithmetic, in whole numbers, compared with ==."""
 
+import collections
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -775,7 +776,7 @@ def test_a_pooling_at_other_steps_has_the_mean_of_the_levels(steps):
 @given(st.data())
 def test_both_encodings_have_one_integer_cnn_at_255_steps(data):
     """A spike is a grey level then. Logits of a network of one layer are 255 times finer."""
-    snn = replace(data.draw(oracle.networks()), steps=255, encoding="spikes")
+    snn = cqsnn.encoded(replace(data.draw(oracle.networks()), steps=255), "spikes")
     direct = cqsnn.encoded(cqsnn.head_start(snn, 0.5, 0.25), "direct")
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     pixels = rng.integers(0, 256, (3, *snn.input_shape), dtype=np.uint8)
@@ -810,10 +811,11 @@ def test_another_encoding_is_that_of_the_conversion_but_for_a_second_rounding(sh
     assert np.abs(first[0].b - first[1].b).max() <= 1
 
 
-def test_an_encoding_that_does_not_fit_is_refused():
+@pytest.mark.parametrize("theta", [2**24, 17_000_000])  # 255 times that is less modulo 2**32
+def test_an_encoding_that_does_not_fit_is_refused(theta):
     first = cqsnn.SpikingLayer(
         *("dense", 1, 1, 0, True, np.ones((1, 1), np.int32), np.zeros(1, np.int32)),
-        *(np.array(2**24, np.int32), np.array(0, np.int32)),
+        *(np.array(theta, np.int32), np.array(0, np.int32)),
     )
     last = replace(first, fires=False)
     snn = cqsnn.SpikingNetwork(8, (1, 1, 1), 1, 8, 1, "spikes", (first, last))
@@ -863,3 +865,24 @@ def test_encode_takes_bytes_alone_and_some_steps():
     for steps, found in ((0, "0, expected 1 to"), (4.5, "4.5, expected a whole number")):
         with pytest.raises(ValueError, match=f"steps: {found}"):
             cqsnn.encode(np.zeros((1, 2, 2, 1), np.uint8), steps)
+
+
+def test_networks_that_laws_are_tried_on_have_wrong_counts_and_large_numbers():
+    """Streaming that is not exact, of either encoding; sums beyond float32, potentials beyond
+    int32: without them the laws would say little."""
+    seen = collections.Counter()
+
+    @settings(max_examples=200, derandomize=True, database=None)
+    @given(st.data())
+    def draw(data):
+        snn = data.draw(oracle.networks())
+        k0 = oracle.images(data.draw, snn)
+        pairs = zip(cqsnn.simulate(snn, k0).counts, cqsnn.integer_forward(snn, k0).counts)
+        seen[snn.encoding] += any((a != b).any() for a, b in pairs)
+        for i, layer in enumerate(snn.layers):
+            bound = cqsnn.largest_sum(layer, snn.largest_input(i), 1)
+            seen["float64"] += cqsnn.exact_dtype(bound) is np.float64
+            seen["int64"] += cqsnn.integer_dtype(snn.steps * bound) is np.int64
+
+    draw()
+    assert min(seen[name] for name in ("spikes", "direct", "float64", "int64")) >= 3, seen

@@ -38,7 +38,10 @@ def network(name):
 
 def load(folder, file_format, net):
     """Return the parameters of a state dict."""
-    return cqsnn.from_state(net, cqsnn.load_state(folder / f"state.{file_format}"))
+    with np.load(folder / "case.npz") as case:
+        (_, channels, *size), (_, classes) = case["x"].shape, case["logits"].shape
+    state = cqsnn.load_state(folder / f"state.{file_format}")
+    return cqsnn.from_state(net, state, (*size, channels), classes)
 
 
 def distance(net, params, x, expected):
