@@ -785,7 +785,8 @@ def test_both_encodings_have_one_integer_cnn_at_255_steps(data):
         for network in (snn, direct)
     )
     assert all((a == b).all() for a, b in zip(ours.counts, theirs.counts, strict=True))
-    assert (theirs.logits == ours.logits * (255 if len(snn.layers) == 1 else 1)).all()
+    finer = 255 if len(snn.layers) == 1 else 1
+    assert (theirs.logits == ours.logits.astype(np.int64) * finer).all()
     assert_same_layers(cqsnn.encoded(direct, "spikes"), snn)
     assert cqsnn.encoded(direct, "direct") is direct
 
