@@ -8,6 +8,7 @@ and latency.png. A run of --simulate is a line of a table of its own, from repor
 a comparison on held-out training images, from report.json and log.jsonl.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -45,6 +46,11 @@ def add(run, name):
     held = json.loads(needed.read_text()).get("hold_out")
     trained = (run / "snn.npz").exists()  # else a run of --simulate, whose network is another's
     files = ["report.json"] + ["log.jsonl"] * trained + ["latency.png"] * (trained and not held)
+    if (kept / "snn.npz").exists():  # which other rows may have too
+        digest = (kept / "snn.sha256").read_text()
+        rows = [p.parent for p in sorted(RESULTS.glob("*/snn.sha256")) if p.read_text() == digest]
+        if others := [row for row in rows if row != kept]:
+            shutil.copyfile(kept / "snn.npz", others[0] / "snn.npz")
     shutil.rmtree(kept, ignore_errors=True)  # nothing of the row before stays beside the new one
     kept.mkdir()
     for file in files:
@@ -74,17 +80,33 @@ def minutes(seconds):
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def command(report):
-    """Return a run's command without what belongs to one machine (folders, --resume), and with
-    options for what the data set's recipe said then and says no more."""
-    given = []  # [option, its values] of each
+def options_of(report):
+    """Return a command's options, {option: its values}."""
+    given = []
     for word in shlex.split(report["command"])[2:]:
         if word.startswith("--"):
             given.append(word.split("=", 1))
         else:
             given[-1].append(word)
-    options = {option: values for option, *values in given}  # the last one counts
-    for option in ("--out", "--threads", "--resume"):
+    return {option: values for option, *values in given}  # the last one counts
+
+
+@functools.cache
+def folders_named():
+    """Return the run folders whose network another row's command takes."""
+    options = [options_of(json.loads(p.read_text())) for p in RESULTS.glob("*/report.json")]
+    files = [f for given in options for o in ("--simulate", "--init") for f in given.get(o, [])]
+    return {str(Path(file).parent) for file in files}
+
+
+def command(report):
+    """Return a run's command without what belongs to one machine (--resume, the data folder, and
+    the run folder unless another row names it), and with options for what the data set's recipe
+    said then and says no more."""
+    options = options_of(report)
+    if options.get("--out", [None])[0] not in folders_named():
+        options.pop("--out", None)
+    for option in ("--threads", "--resume"):
         options.pop(option, None)
     if "--data-dir" in options:
         options["--data-dir"] = ["DIR"]
@@ -172,9 +194,10 @@ def row(name, report):
         for part in report["bits"]:
             values = [part["integer_accuracy"], *(part["snn_accuracy"][s] for s in both)]
             lines.append(f"| {part['weight_bits']} | {' | '.join(map(percent, values))} |")
-    digest = (RESULTS / name / "snn.sha256").read_text().split()[0]
+    digest, _, size, _ = (RESULTS / name / "snn.sha256").read_text().split()
     holder = kept_as(digest)
-    where = f"kept in `{holder}`" if holder else "not kept, too large"
+    where = "not kept" if int(size) <= LARGEST else "not kept, too large"
+    where = f"kept in `{holder}`" if holder else where
     lines += ["", f"`snn.npz` ({where}): SHA-256 `{digest}`", ""]
     return lines
 
@@ -257,7 +280,7 @@ def seeds(found):
     """Return the lines of a table of the runs that differ by their seed alone: mean and range."""
     alike = {}
     for name, report in found.items():
-        words = re.sub(r" --(seed|schedule)([ =][^-]\S*)+", "", command(report))
+        words = re.sub(r" --(seed|schedule|out)([ =][^-]\S*)+", "", command(report))
         alike.setdefault(words, {}).setdefault(report["seed"], (name, report))
     lines = []
     for words, runs in alike.items():
