@@ -1953,10 +1953,9 @@ def half_matmul(x, w, out, unit):
     left = w.data.ptr, half, outputs  # cuBLAS reads columns first: what it sees is out' = w' x'
     right = x.data.ptr, half, x.shape[1]
     sizes = 0, 0, outputs, rows, x.shape[1]  # nothing is turned
-    scales = one.ctypes.data, zero.ctypes.data
-    result = scales[1], out.data.ptr, single, outputs
+    result = zero.ctypes.data, out.data.ptr, single, outputs
     handle = cuda.Device().cublas_handle
-    cuda.cublas.gemmEx(handle, *sizes, scales[0], *left, *right, *result, compute, -1)
+    cuda.cublas.gemmEx(handle, *sizes, one.ctypes.data, *left, *right, *result, compute, -1)
 
 
 def half_linear(layer, x, w, unit):
@@ -2110,8 +2109,6 @@ class Population:
     def counts(self, m):
         """Return how often each neuron fires in its next m firing steps (N, ...), int32."""
         one_by_one = min(m, self.inputs_left) if self.kept is None else m
-        if one_by_one == 0:
-            return self.discharge(m)
         counts = self.xp.zeros(self.v.shape, np.int32)
         for start in range(0, one_by_one, self.chunk):
             counts += self.spikes(min(self.chunk, one_by_one - start)).sum(0, dtype=np.int32)
@@ -2535,12 +2532,14 @@ def write_file(path, write):
 
 
 def lock(file):
-    """Make an open file this process's own until it is closed, or raise BlockingIOError.
-    On a system without such locks two processes at once are the user's care."""
-    with contextlib.suppress(ImportError):
+    """Make an open file ours until it is closed, if it can be, or raise BlockingIOError."""
+    try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if isinstance(error, BlockingIOError):
+            raise
 
 
 LARGEST_FILE = 2**31  # bytes that a file may unpack to: no more is read of any
@@ -2587,7 +2586,7 @@ def read_npz(path, file_format=None):
                 file = io.BytesIO(packed.read(entry.file_size))
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if file.tell() + math.prod(shape) * dtype.itemsize != entry.file_size:
+            if file.tell() + math.prod(shape) * dtype.itemsize != file.getbuffer().nbytes:
                 raise ValueError(f"{entry.filename}: {entry.file_size} bytes for shape {shape}")
             file.seek(0)
             name = entry.filename.removesuffix(".npy")
@@ -2646,9 +2645,6 @@ def check_network(snn):
     shape = snn.input_shape
     if len(shape) != 3 or not snn.layers:
         raise ValueError(f"input_shape {shape} and {len(snn.layers)} layers, expected 3 and some")
-    spiking = snn.encoding == "spikes" and snn.head_start[0] and snn.layers[0]
-    if spiking and spiking.fires and spiking.w is not None and spiking.v0.ndim == 0:
-        raise ValueError("a head start in thresholds, from a version before 2026-11-26")
     for i, layer in enumerate(snn.layers):
         _check_layer(layer, i, shape)
         (shape,) = output_shapes([layer], shape, snn.classes)
@@ -2656,6 +2652,10 @@ def check_network(snn):
             raise ValueError(f"layer {i} fires: {layer.fires}; every layer fires but the last")
     if shape != (snn.classes,):
         raise ValueError(f"the last layer gives {shape}, expected {snn.classes} classes")
+    first = snn.layers[0]
+    waits = snn.encoding == "spikes" and snn.head_start[0] and first.fires and first.w is not None
+    if waits and first.v0.ndim == 0:  # of a version before 2026-11-26, in thresholds
+        raise ValueError(f"array 0.v0: () with a head start, expected {first.b.shape}")
 
 
 def _check_layer(layer, i, shape):
@@ -2995,8 +2995,8 @@ def transfer(url, file, size, progress):
 def fetch(url, path, size, sha256, progress=lambda n: None):
     """Download url to path, which appears only once its size and SHA-256 are right.
     What has come stays in .NAME.partial and is gone on from, now or at the next call; after
-    three attempts in a row that get no further it raises ConnectionError. A wrong file raises
-    ValueError and is deleted, as is what a full disk leaves. progress(n): n more bytes."""
+    three attempts that get no further it raises ConnectionError, while another process is at it
+    BlockingIOError, for a wrong file, which is deleted, ValueError. progress(n): n more bytes."""
     partial, failures = path.with_name(f".{path.name}.partial"), 0
     try:
         with open(partial, "ab") as file:
@@ -3023,7 +3023,7 @@ def fetch(url, path, size, sha256, progress=lambda n: None):
                 raise ValueError(f"{url}: SHA-256 {found}, expected {sha256}; it was deleted")
         os.replace(partial, path)
     except BlockingIOError:
-        raise ConnectionError(f"{url}: another process is downloading it") from None
+        raise BlockingIOError(f"{url}: another process is downloading it") from None
     except ConnectionError:
         if partial.stat().st_size == 0:
             partial.unlink()

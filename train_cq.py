@@ -93,7 +93,7 @@ def parser():
     run.add_argument("--device", default="auto", help="auto (default), cpu or gpu")
     run.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
     run.add_argument("--tf32", action="store_true", help="train in TF32, of 11 bits (a GPU)")
-    text = "the run folder (default: runs/DATASET-NET); what --simulate and --explain N give"
+    text = "the run folder (default: runs/DATASET-NET); of --simulate: where to write, if at all"
     run.add_argument("--out", metavar="DIR", help=text)
     text = "begin with these weights: a PyTorch state dict (.npz, .safetensors) or a model.npz"
     run.add_argument("--init", metavar="FILE", help=text)
@@ -107,7 +107,7 @@ def add_conversion_options(p):
     p.add_argument("--weight-bits", type=int, nargs="+", metavar="B", help=text)
     text = "a scale and threshold for each channel: better at few bits, if the hardware has it"
     p.add_argument("--channel-scales", action="store_true", help=text)
-    text = "initial potential of the first layer and of others, off their bias (units: README)"
+    text = "initial potential of first layer and others, taken from their bias (units: README)"
     p.add_argument("--head-start", type=float, nargs=2, metavar=("X", "Y"), help=text)
     text = "streaming, synchronous or a delay of 0 to T steps a layer (default: several)"
     p.add_argument("--schedule", nargs="+", metavar="S", help=text)
@@ -407,7 +407,7 @@ def train(args, recipe, net, folder, data, xp):
         meta["log"].append(line | {"test_accuracy": tested, "seconds": round(seconds, 2)})
         meta["epoch"] = epoch + 1
         if args.ranks.rank == 0:
-            (folder / "report.json").unlink(missing_ok=True)  # of the run that this one replaces
+            (folder / "report.json").unlink(missing_ok=True)  # that of the checkpoint before
             cqsnn.save_model(folder / "model.npz", params, state, meta)
             write_json(folder / "log.jsonl", *meta["log"])
         args.begun = True
@@ -420,7 +420,9 @@ def train(args, recipe, net, folder, data, xp):
         rng, meta["finished"] = np.random.default_rng([args.seed, epochs]), True
         cqsnn.take_statistics(net, params, images, recipe, rng, **args.how)
         if args.ranks.rank == 0:
+            (folder / "report.json").unlink(missing_ok=True)
             cqsnn.save_model(folder / "model.npz", params, state, meta)
+        args.begun = True
     return params, meta
 
 
@@ -772,9 +774,9 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
 
 
 def head_start_of(args, recipe, encoding):
-    """Return the two fractions for `cqsnn.head_start`: those asked for, unless they are in units of
-    the recipe's own encoding; or HEAD_STARTS, of which the CQ activation's shift is a part already,
-    unless they are negative."""
+    """Return the two fractions for `cqsnn.head_start`: those asked for, which are in units of the
+    recipe's own encoding and hold for it alone, but for 0 0; or HEAD_STARTS, of which the CQ
+    activation's shift is a part already, unless they are negative."""
     asked = args.head_start
     if asked is not None and (encoding == recipe.encoding or not any(asked)):
         return asked

@@ -11,6 +11,7 @@ a comparison on held-out training images, from report.json and log.jsonl.
 import functools
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -46,22 +47,28 @@ def add(run, name):
     held = json.loads(needed.read_text()).get("hold_out")
     trained = (run / "snn.npz").exists()  # else a run of --simulate, whose network is another's
     files = ["report.json"] + ["log.jsonl"] * trained + ["latency.png"] * (trained and not held)
-    if (kept / "snn.npz").exists():  # which other rows may have too
-        digest = (kept / "snn.sha256").read_text()
-        rows = [p.parent for p in sorted(RESULTS.glob("*/snn.sha256")) if p.read_text() == digest]
-        if others := [row for row in rows if row != kept]:
-            shutil.copyfile(kept / "snn.npz", others[0] / "snn.npz")
+    snn = (run / "snn.npz").read_bytes() if trained and not held else b""
+    digest = f"{hashlib.sha256(snn).hexdigest()}  snn.npz  {len(snn)} bytes\n"
+    if (kept / "snn.npz").exists() and (kept / "snn.sha256").read_text() != digest:
+        pass_on(kept)
     shutil.rmtree(kept, ignore_errors=True)  # nothing of the row before stays beside the new one
     kept.mkdir()
     for file in files:
         if (run / file).exists():  # a run without matplotlib has no picture
             shutil.copyfile(run / file, kept / file)
-    if trained and not held:
-        snn = (run / "snn.npz").read_bytes()
-        digest = hashlib.sha256(snn).hexdigest()
-        (kept / "snn.sha256").write_text(f"{digest}  snn.npz  {len(snn)} bytes\n")
-        if len(snn) <= LARGEST and kept_as(digest) in (None, name):
+    if snn:
+        (kept / "snn.sha256").write_text(digest)
+        if len(snn) <= LARGEST and kept_as(digest) is None:
             (kept / "snn.npz").write_bytes(snn)
+
+
+def pass_on(kept):
+    """Give a row's network to another row that has the same, before it is replaced."""
+    digest = (kept / "snn.sha256").read_text()
+    for other in sorted(RESULTS.glob("*/snn.sha256")):
+        if other.parent != kept and other.read_text() == digest:
+            shutil.copyfile(kept / "snn.npz", other.with_name("snn.npz"))
+            return
 
 
 def kept_as(digest):
@@ -99,15 +106,21 @@ def folders_named():
     return {str(Path(file).parent) for file in files}
 
 
+def run_folder(options):
+    """Return the run folder of a command's options, as those of other rows call it."""
+    return re.sub(r"^.*/(?=runs/)", "", os.path.normpath(options.get("--out", ["."])[0]))
+
+
 def command(report):
-    """Return a run's command without what belongs to one machine (--resume, the data folder, and
-    the run folder unless another row names it), and with options for what the data set's recipe
-    said then and says no more."""
+    """Return a run's command without what belongs to one machine (threads, --resume, the data
+    folder, and the run folder unless another row names it), and with options for what the data
+    set's recipe said then and says no more."""
     options = options_of(report)
-    if options.get("--out", [None])[0] not in folders_named():
-        options.pop("--out", None)
-    for option in ("--threads", "--resume"):
+    folder = run_folder(options)
+    for option in ("--out", "--threads", "--resume"):
         options.pop(option, None)
+    if folder in folders_named():
+        options["--out"] = [folder]
     if "--data-dir" in options:
         options["--data-dir"] = ["DIR"]
     words = [word for option, values in options.items() for word in (option, *values)]

@@ -276,8 +276,8 @@ def test_a_run_without_report_is_not_over(quick, tmp_path):
     assert (tmp_path / "run" / "report.json").exists()
 
 
-@pytest.mark.parametrize("broken, resume", [("save_snn", ["--resume"]), ("save_model", [])])
-def test_a_report_is_that_of_the_files_beside_it(broken, resume, quick, tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken, how", [("save_snn", ["--resume"]), ("save_model", [])])
+def test_a_report_is_that_of_the_files_beside_it(broken, how, quick, tmp_path, monkeypatch):
     """A kill comes when a file is replaced: the report of the old one is gone."""
     shutil.copytree(quick / "run", tmp_path / "run")
 
@@ -285,8 +285,8 @@ def test_a_report_is_that_of_the_files_beside_it(broken, resume, quick, tmp_path
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cqsnn, broken, killed)
-    how = [*QUICK, "--out", str(tmp_path / "run"), "--data-dir", str(ROOT / "data")]
-    assert train_cq_module.main([*how, "--weight-bits", "4", *resume]) == 130
+    how = [*QUICK, "--out", str(tmp_path / "run"), "--data-dir", str(ROOT / "data"), *how]
+    assert train_cq_module.main([*how, "--weight-bits", "4"]) == 130
     assert not (tmp_path / "run" / "report.json").exists()
 
 
@@ -744,8 +744,8 @@ def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):
     done = train_cq(tmp_path, *how, "--certify", "--schedule", "streaming", "synchronous")
     assert_works(done)
     rows = [line.split() for line in done.stdout.splitlines()]
-    streaming, synchronous = ([row for row in rows if row[:2] == [i, "pool"]] for i in "13")
-    for pool in streaming, synchronous:  # of either schedule: its own error, that in all
+    for i in "13":  # under either schedule: its own error, that in all
+        pool = [row for row in rows if row[:2] == [i, "pool"]]
         assert [row[10] for row in pool] == ["exact"] * 2
         assert "+" in pool[0][11] and pool[1][11] == "exact"
     assert "Exact: every comparison" in done.stdout
