@@ -243,9 +243,10 @@ def load_data(args, xp):
             data_dir = folder
     try:
         parts = cqsnn.load_dataset(args.dataset, data_dir)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if not args.download:
-            raise
+            hint = ", or --download" if cqsnn.DOWNLOADS[args.dataset] else ""
+            raise FileNotFoundError(f"{error}{hint}") from None
         total = sum(size for size, _ in cqsnn.DOWNLOADS[args.dataset].values())
         with Bar(total, f"downloading {args.dataset}", "B") as progress:
             cqsnn.download(args.dataset, data_dir, progress.update)

@@ -309,6 +309,14 @@ def test_files_for_each_other_are_refused(quick):
     assert_refused(done, "run/model.npz", "cqsnn-model/1", "cqsnn-snn/1")
 
 
+def test_a_data_set_that_is_not_there_can_be_downloaded(tmp_path):
+    done = train_cq(tmp_path, "--dataset", "mnist")
+    assert_refused(done, "data/mnist/train-images-idx3-ubyte: not found", "or --download")
+    done = train_cq(tmp_path, "--data-dir", "none")
+    assert_refused(done, "none/digits/train-images-idx3-ubyte: not found")
+    assert "--download" not in done.stderr
+
+
 def test_images_that_the_snn_file_does_not_take_are_refused(quick, tmp_path):
     folder = tmp_path / "data" / "mnist"
     folder.mkdir(parents=True)
