@@ -7,8 +7,8 @@ Training steps against PyTorch, simulation against SpikingJelly, each engine in 
 and in turns (ours, peer, ours, peer ...) while nothing else runs; growth of time and memory with T,
 batch and depth; start-up; and the machine's own speed, of which the table gives fractions. A peer
 whose gradients or spike counts are not ours is not timed. Virtual environments for the peers are
-made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.md (the table), and
-until all is measured what there is, as bench-DEVICE.partial.*.
+made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.md (the table; under
+names of their own with --quick or --only), and *.partial.* until all is measured.
 Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg alone has been run: see results/gpu.md.
 """
 
@@ -38,6 +38,7 @@ LAYOUTS = ("contiguous", "channels-last")
 # with these glibc keeps and reuses them.
 KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
 CHECKED = 8  # images on which gradients are compared, in float64
+WARM_UP = 3  # runs before any is timed: a peer's first ones are slower than its later ones
 PAUSE = 0.3  # seconds; OpenMP's threads spin for up to 0.2 s after their work
 
 
@@ -168,18 +169,26 @@ class Engine(NamedTuple):
     environment: dict
 
 
+def peers(case, device, peer_python):
+    """Return {name: Engine} of the peer's layouts and ways with memory. What glibc does with
+    memory is nothing to a peer on a GPU."""
+    peer = "PyTorch" if case.kind != "simulate" else "SpikingJelly"
+    allocators = {"": {}} if device == "gpu" else {"": {}, ", memory kept": KEPT}
+    return {
+        f"{peer} {layout}{suffix}": Engine(
+            peer_python, "peer_torch.py", {"layout": layout}, allocator
+        )
+        for suffix, allocator in allocators.items()
+        for layout in LAYOUTS
+    }
+
+
 def engines(case, device, peer_python, at_once):
     """Return {name: Engine} of a case, in the order in which they take turns.
-    at_once {layout: images} is what the peer simulates together. What glibc does with memory is
-    nothing to a peer on a GPU."""
-    peer = "PyTorch" if case.kind != "simulate" else "SpikingJelly"
+    at_once {name: images} is what a peer simulates together."""
     found = {"ours": Engine(sys.executable, "peer_cqsnn.py", {"schedule": "streaming"}, {})}
-    allocators = {"": {}} if device == "gpu" else {"": {}, ", memory kept": KEPT}
-    for suffix, allocator in allocators.items():
-        for layout in LAYOUTS:
-            told = {"layout": layout, "at_once": at_once.get(layout)}
-            engine = Engine(peer_python, "peer_torch.py", told, allocator)
-            found[f"{peer} {layout}{suffix}"] = engine
+    for name, engine in peers(case, device, peer_python).items():
+        found[name] = engine._replace(told=engine.told | {"at_once": at_once.get(name)})
     if case.kind == "simulate":
         told = {"schedule": "synchronous"}
         found["ours, synchronous"] = Engine(sys.executable, "peer_cqsnn.py", told, {})
@@ -209,11 +218,12 @@ class Worker:
             )
 
     def prepare(self, case):
-        """Let it prepare a case and run it once; return what it found out."""
+        """Let it prepare a case and run it to warm up; return what it found out."""
         facts = self.ask(case | self.told)
         if "wrong" in facts:
             raise ValueError(f"{self.name}: not timed: {facts['wrong']}")
-        self.ask("warm up")
+        for _ in range(WARM_UP):
+            self.ask("warm up")
         return facts
 
     def ask(self, message):
@@ -233,8 +243,8 @@ class Worker:
 
 
 def measure(found, case, rounds, work):
-    """Run every engine once to warm up, then in turns; return {name: what it gave} and what could
-    not be run."""
+    """Let every engine warm up, then run them in turns; return {name: what it gave} and what could
+    not be run, or not to the end."""
     rows, failed = {}, []
     with contextlib.ExitStack() as stack:
         workers = []
@@ -251,9 +261,15 @@ def measure(found, case, rounds, work):
         for _ in range(rounds):
             for worker in workers:
                 time.sleep(PAUSE)
-                sample = worker.ask("run")
+                try:
+                    sample = worker.ask("run")
+                except ValueError as error:
+                    failed.append(str(error))
+                    del rows[worker.name]
+                    continue
                 rows[worker.name]["seconds"].append(sample.pop("seconds"))
                 rows[worker.name] |= sample
+            workers = [worker for worker in workers if worker.name in rows]
     return rows, failed
 
 
@@ -277,18 +293,16 @@ def machine(options, peer_python, work):
 
 
 def choose_at_once(case, told, peer_python, work, quick):
-    """Return {layout: how many images the peer simulates together}: the fastest of some."""
+    """Return {name: how many images a peer simulates together}: the fastest of some or all."""
     choices = (1,) if quick else (16, 64, 256) if told["device"] == "gpu" else (1, 4, 16)
-    seconds = {}
+    choices, seconds = sorted({*choices, case.images} if not quick else choices), {}
+    every = peers(case, told["device"], peer_python)
     for n in choices:  # one after another: the memory is for one
-        found = {
-            layout: Engine(peer_python, "peer_torch.py", {"layout": layout, "at_once": n}, {})
-            for layout in LAYOUTS
-        }
+        found = {k: e._replace(told=e.told | {"at_once": n}) for k, e in every.items()}
         rows, _ = measure(found, told, 1, work)
-        for layout in LAYOUTS:
-            seconds[layout, n] = rows[layout]["seconds"] if layout in rows else [float("inf")]
-    return {layout: min(choices, key=lambda n: seconds[layout, n]) for layout in LAYOUTS}
+        for name in every:
+            seconds[name, n] = rows[name]["seconds"] if name in rows else [float("inf")]
+    return {name: min(choices, key=lambda n: seconds[name, n]) for name in every}
 
 
 def start_up(rounds):
@@ -370,8 +384,8 @@ def facts_lines(case, known, rows):
     """Return what was checked before anything was timed."""
     if case.kind == "simulate":
         yield f"- {known['spikes per neuron and step']:.3f} spikes a neuron and step"
-        together = ", ".join(f"{n} ({layout})" for layout, n in known["at_once"].items())
-        yield f"- images that SpikingJelly simulates together, the fastest of some: {together}"
+        for name, n in known["at_once"].items():
+            yield f"- {name}: {n} images together, the fastest of some"
     for name, row in rows.items():
         if "counts compared" in row:
             yield f"- {name}: {row['counts different']} of {row['counts compared']:,} counts differ"
@@ -398,7 +412,7 @@ def case_lines(name, case, result, speeds):
 def growth_lines(results):
     """Return the table of how our time and memory grow."""
     yield from (
-        "## growth: ours",
+        "## growth: ours, three runs each",
         "",
         "| grows | case | s | ms an image (and step) | MB (imports) |",
     )
@@ -507,7 +521,7 @@ def parse(arguments):
     names = [*options.cases, "growth", "startup"]
     for name in options.only or ():
         cqsnn.check_choice("--only", name, names)
-    options.only = options.only or names
+    options.only, options.names = options.only or names, names
     if options.out and not options.out.is_dir():
         raise ValueError(f"--out: {options.out}, expected a folder")
     return options
@@ -550,7 +564,8 @@ def main(arguments=None):
         work = envs / f"cases-{options.device}"
         work.mkdir(parents=True, exist_ok=True)
 
-        name = f"bench-{options.device}"
+        name = f"bench-{options.device}{'-quick' * options.quick}"
+        name += "".join(f"-{case}" for case in options.only if options.only != options.names)
 
         def show(more, result):  # and keep it: a run that is stopped has written what it had
             for line in more:
@@ -564,7 +579,7 @@ def main(arguments=None):
         result = measure_all(options, environment(options.device, envs), work, show)
         for end in ("json", "md") if options.out else ():
             os.replace(options.out / f"{name}.partial.{end}", options.out / f"{name}.{end}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

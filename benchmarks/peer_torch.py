@@ -2,7 +2,7 @@
 
 Runs in the environment of requirements.txt. Nothing here imports cqsnn: the networks are built from
 the case's description and from the SNN file as it is documented. Before anything is timed, a peer
-must have given our loss and gradients, or our spike counts.
+must have given our gradients, or our spike counts.
 """
 
 import sys

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import cqsnn
+import train_cq
 
 RESULT = Path(__file__).resolve().parent / "results" / "ranks.json"
 SHAPES = {"lenet*": (28, 28, 1), "allconv": (32, 32, 3), "vgg*": (32, 32, 3)}
@@ -103,7 +104,10 @@ def measured(name, ranks, threads, steps):
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, __file__, "--train", name, str(steps), str(threads)]
     if ranks > 1:
-        command = [shutil.which("mpiexec", path=beside), "-n", str(ranks), *command]
+        mpiexec = shutil.which("mpiexec", path=beside)
+        if mpiexec is None:
+            raise SystemExit("mpiexec: not found, expected mpich (requirements.txt)")
+        command = [mpiexec, "-n", str(ranks), *command]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -152,12 +156,12 @@ def apart(name):
     _, params, _, labels, recipe = setting(name)
     grads = {k: np.ones_like(a) for k, a in params.items() if not k.endswith((".mean", ".var"))}
     state, found = {}, []
-    for _ in range(3):
+    for _ in range(6):
         began = time.perf_counter()
         cqsnn.cross_entropy(np.zeros((len(labels), 10), np.float32), labels)
         cqsnn.OPTIMIZERS[recipe.optimizer](params, grads, state, 0.01, threads=1)
         found.append(time.perf_counter() - began)
-    return min(found)
+    return statistics.median(found[1:])  # the first one warms up
 
 
 def expected(name, step, alone):
@@ -236,7 +240,9 @@ def main():
         train(args.train[0], *map(int, args.train[1:]))
         return
     nets, turns, steps = (["lenet*"], 1, 1) if args.quick else (["lenet*", "allconv"], 3, 4)
-    report = {"cores": cqsnn.CORES, "bandwidth": BANDWIDTH, "latency": LATENCY}
+    report = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "hardware": train_cq.cpu_name()}
+    report |= {"versions": train_cq.VERSIONS, "cores": cqsnn.CORES}
+    report |= {"bandwidth": BANDWIDTH, "latency": LATENCY}
     report["measured"] = [measure(name, turns, steps) for name in nets]
     step = {row["network"]: row["1 process, 1 thread"] for row in report["measured"]}
     if "allconv" in step:
@@ -246,7 +252,7 @@ def main():
     report["expected"] = [row for part in rows for row in part]
     print_table(report["expected"])
     if not args.quick:
-        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+        train_cq.write_json(RESULT, report)
 
 
 def macs(name):

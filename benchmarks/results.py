@@ -15,14 +15,16 @@ import os
 import re
 import shlex
 import shutil
+import statistics
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_cq
-from cqsnn import Recipe
+from cqsnn import Recipe, write_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LARGEST = 4 * 2**20  # bytes of an SNN file that is kept
@@ -30,7 +32,8 @@ INTRODUCTION = """# Results
 
 Written by `python benchmarks/results.py` from the reports kept beside this file: what has been
 run, by which command, and what it gave. Seeds, hardware and dates stand with each row. `DIR`
-holds the data sets (`--data-dir`, `--download`). {notes}
+holds the data sets (`--data-dir`, `--download`). Accuracies are in per cent. What reports do not
+hold, and rows whose command means something else by now, are in [notes.md](notes.md).
 """
 NOT_RUN = RESULTS / "not-run.md"  # by hand: what has not been run
 OTHERS = RESULTS / "others.md"  # by hand: lines of the table beside(), as others report them
@@ -49,17 +52,24 @@ def add(run, name):
     files = ["report.json"] + ["log.jsonl"] * trained + ["latency.png"] * (trained and not held)
     snn = (run / "snn.npz").read_bytes() if trained and not held else b""
     digest = f"{hashlib.sha256(snn).hexdigest()}  snn.npz  {len(snn)} bytes\n"
-    if (kept / "snn.npz").exists() and (kept / "snn.sha256").read_text() != digest:
-        pass_on(kept)
-    shutil.rmtree(kept, ignore_errors=True)  # nothing of the row before stays beside the new one
-    kept.mkdir()
-    for file in files:
-        if (run / file).exists():  # a run without matplotlib has no picture
-            shutil.copyfile(run / file, kept / file)
-    if snn:
-        (kept / "snn.sha256").write_text(digest)
-        if len(snn) <= LARGEST and kept_as(digest) is None:
-            (kept / "snn.npz").write_bytes(snn)
+    other = (kept / "snn.npz").exists() and (kept / "snn.sha256").read_text() != digest
+    if other and f"benchmarks/results/{name}" in folders_named():
+        raise SystemExit(f"{kept}: rows simulate its snn.npz, expected that one, or another NAME")
+    with tempfile.TemporaryDirectory(dir=RESULTS.parent) as folder:  # whole, or not at all
+        new, before = Path(folder) / "new", Path(folder) / "before"
+        new.mkdir()
+        for file in files:
+            if (run / file).exists():  # a run without matplotlib has no picture
+                shutil.copyfile(run / file, new / file)
+        if snn:
+            (new / "snn.sha256").write_text(digest)
+            if len(snn) <= LARGEST and kept_as(digest) in (None, name):
+                (new / "snn.npz").write_bytes(snn)
+        if other:
+            pass_on(kept)
+        if kept.exists():
+            kept.rename(before)
+        new.rename(kept)
 
 
 def pass_on(kept):
@@ -157,11 +167,21 @@ def start(block):
     return f", head start {fractions[0]:g} and {fractions[1]:g}" if any(fractions) else ""
 
 
+def log_of(name):
+    """Return a row's log, a line an epoch."""
+    lines = (RESULTS / name / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def row(name, report):
     """Return the lines of one run."""
     epochs = ", ".join(f"{n} {stage}" for stage, n in report["epochs"].items()) or "no"
     training, simulating = (report["seconds"][name] for name in ("train", "simulate"))
-    spent = f"{minutes(training)} training, {minutes(sum(simulating.values()))} simulation"
+    spent = f"{minutes(training)} training"
+    seconds = [line["seconds"] for line in log_of(name)]
+    if len(seconds) > 1:
+        spent += f" ({len(seconds)} epochs, {statistics.median(seconds):.0f} s in the median)"
+    spent += f", {minutes(sum(simulating.values()))} simulation"
     lines = [
         f"### {name}",
         "",
@@ -217,18 +237,20 @@ def row(name, report):
 
 def simulation(name, report):
     """Return the line of a network that was simulated by itself."""
+    images = f"{report['images']:,}{' held out' if report.get('hold_out') else ''}"
     return (
-        f"| {name} | `{command(report)}` | {report['steps']} | {report['images']:,} "
+        f"| {name} | `{command(report)}` | {report['steps']} | {images} "
         f"| {percent(report['integer_accuracy'])} | {schedules(report)} |"
     )
 
 
 def comparison(name, report):
     """Return the line of a run that was judged on held-out training images."""
-    log = [json.loads(line) for line in (RESULTS / name / "log.jsonl").read_text().splitlines()]
+    trained_on = log_of(name)[-1:]  # none, where --init was only tried
     return (
         f"| {name} | `{command(report)}` | {report['pflop']:.3g} "
-        f"| {percent(log[-1]['train_accuracy'])} | {percent(report['cq_accuracy'])} "
+        f"| {percent(trained_on[0]['train_accuracy'] if trained_on else None)} "
+        f"| {percent(report['cq_accuracy'])} "
         f"| {schedules(report)} |"
     )
 
@@ -247,7 +269,8 @@ def beside(found):
             percent(report["cq_accuracy"]),
             schedules(report),
             str(report["weight_bits"]),
-            f"{sum(report['epochs'].values())} epochs, {report['pflop']:.3g} PFLOP, a CPU",
+            f"{sum(report['epochs'].values())} epochs, {report['pflop']:.3g} PFLOP, "
+            + report["device"].split(",")[0],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines + OTHERS.read_text().splitlines()
@@ -264,11 +287,14 @@ def draw_beside(pyplot, found):
     ):
         ours = [report for name, report in found.items() if re.fullmatch(rows, name)]
         for schedule in ("streaming", "1", "synchronous"):
-            series[f"wideconv, {bits} bits, {train_cq.schedule_label(schedule)}"] = sorted(
-                (report["steps_to_answer"][schedule], 100 * report["snn_accuracy"][schedule])
+            points = {  # 10 bits at 16 steps twice: the later one is of streaming's own head start
+                report["steps_to_answer"][schedule]: 100 * report["snn_accuracy"][schedule]
                 for report in ours
                 if schedule in report["snn_accuracy"]
-            )
+            }
+            own = " (head start by T)" if (bits, schedule) == (10, "streaming") else ""
+            label = f"wideconv, {bits} bits, {train_cq.schedule_label(schedule)}{own}"
+            series[label] = sorted(points.items())
     for line in OTHERS.read_text().splitlines():
         data, network, _, spiking = (cell.strip(" `") for cell in line.split("|")[1:5])
         pairs = re.findall(r"([\d.]+) \((\d+)\)", spiking)
@@ -317,7 +343,7 @@ def write():
     found = dict(sorted(found.items()))
     alone = {name: report for name, report in found.items() if "recipe" not in report}
     held = {n: r for n, r in found.items() if n not in alone and r.get("hold_out")}
-    lines = [INTRODUCTION.format(notes="Accuracies are in per cent.")]
+    lines = [INTRODUCTION]
     lines += ["## Beside others", "", *beside(found), "", "![](latency.png)", "", "## Runs", ""]
     train_cq.save_pictures(RESULTS, {"latency": (draw_beside, found)})
     for name, report in found.items():
@@ -345,7 +371,7 @@ def write():
         lines += [""]
     if NOT_RUN.exists():
         lines += [NOT_RUN.read_text()]
-    (RESULTS / "README.md").write_text("\n".join(lines))
+    write_file(RESULTS / "README.md", lambda file: file.write("\n".join(lines).encode()))
 
 
 def main():

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import cupy
 
-CUBLAS = importlib.util.find_spec("nvidia.cublas") or importlib.util.find_spec("nvidia.cu13")
+NVIDIA = importlib.util.find_spec("nvidia")  # a name within a package that is missing raises
+CUBLAS = NVIDIA and any(importlib.util.find_spec(f"nvidia.{n}") for n in ("cublas", "cu13"))
 SOURCE = Path(__file__).resolve().parents[2] / "cqsnn.py"
 # of a ufunc's call, which has no signature to inspect; CuPy's documentation lists them
 UFUNC_KEYWORDS = {"out", "where", "axes", "axis", "keepdims", "casting", "dtype", "order"}
