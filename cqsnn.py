@@ -719,7 +719,7 @@ def depthwise(x, w, stride, pad):
     Returns z (N, Ho, Wo, C) in the type of w (K, K, C), cache."""
     z = 0
     for k, m, pixels in shifted(pad_borders(x, pad), len(w), stride):
-        z = z + pixels * w[k, m]
+        z = z + pixels.astype(w.dtype, copy=False) * w[k, m]
     return z, (x, w, stride, pad)
 
 
@@ -1110,11 +1110,11 @@ def with_dropout(net, rate):
     return tuple(replace(f, dropout=rate) if f.kind == "conv" else f for f in net)
 
 
-def output_shapes(net, shape, classes):
+def output_shapes(net, shape, classes, first=0):
     """Return the shape of each layer's output, (H, W, O) or (O,), for images of `shape`.
     Raises ValueError naming the layer and the size there where the network cannot take it."""
     shapes = []
-    for i, layer in enumerate(net):
+    for i, layer in enumerate(net, first):
         if layer.kind == "dense":
             shape = (layer.units or classes,)
         else:
@@ -1239,7 +1239,8 @@ def carried_weights(layer, w, unit, shape, training=False):
 
 def outputs(layer, how, unit, norm, z, seed):
     """Return what a layer passes on from its sums z, levels while quantised; where it lets
-    gradients pass, and the cache of its dropout, or None. A pooling's mean needs no clamp."""
+    gradients pass, and the cache of its dropout, or None. A pooling's mean is not clamped: behind a
+    dropout, which scales what it keeps, it may pass 1 in training."""
     inside = kept = None
     activation, levels, shift = how
     if layer.kind != "pool":
@@ -1535,8 +1536,7 @@ def augment(images, mirrored, move, rng, turn=0.0, noise=0.0, cutout=0, part=sli
 
 def mirrored_images(n, seed, epoch):
     """Which of n images an epoch mirrors: a random half at first, then the others, in turn."""
-    start = np.random.default_rng(seed).integers(2, size=n)
-    return (start + epoch) % 2 == 1
+    return (np.random.default_rng(seed).integers(2, size=n) + epoch) % 2 == 1
 
 
 def encode(pixels, steps):
@@ -1680,7 +1680,7 @@ class SpikingLayer:
 @dataclass(frozen=True, eq=False)
 class SpikingNetwork:
     """A converted network: layers, and how its input comes. `unit` is F of `integer_layer`,
-    head_start what the function of that name has given it."""
+    head_start what the function of that name has given it, levels the L of `at_steps`, if any."""
 
     steps: int
     input_shape: tuple
@@ -1690,6 +1690,7 @@ class SpikingNetwork:
     encoding: str
     layers: tuple
     head_start: tuple = (0, 0)
+    levels: int | None = None
 
     @functools.cached_property
     def shapes(self):
@@ -1850,7 +1851,10 @@ def at_steps(snn, steps, levels=None):
     With levels, the L that it was trained at, T steps round to the same mean. A charge is whole,
     so floor((U + v0) / theta) is (U + v0 - (theta - 1) / 2) / theta in the mean, and T / L of what
     is beside U stays if v0 grows by (1 - T / L) ((theta - 1) / 2 - v0): through b where there is
-    one, which a head start is over. Little is left to do where h = 1/2. Raises ValueError."""
+    one, which a head start is over. Little is left to do where h = 1/2. Raises ValueError, also for
+    a network that this was done to, which is not undone."""
+    if snn.levels is not None:
+        raise ValueError(f"network: changed for L = {snn.levels} before, expected it as trained")
     levels = steps if levels is None else levels
     for name, value in (("steps", steps), ("levels", levels)):
         check_range(name, value, 1, 2**31 - 1)
@@ -1862,7 +1866,8 @@ def at_steps(snn, steps, levels=None):
             layers[i] = charged(i, layer, None, layer.v0 + np.rint(charge))
         elif layer.fires:
             layers[i] = charged(i, layer, layer.b + np.rint(charge / steps), layer.v0)
-    return head_start(replace(snn, layers=tuple(layers)), *start)
+    levels = None if levels == steps else int(levels)
+    return head_start(replace(snn, layers=tuple(layers), levels=levels), *start)
 
 
 def encoded(snn, encoding):
@@ -1927,8 +1932,7 @@ def integer_forward(snn, k0, threads=None):
     sums = [Sums(snn, i, xp, snn.largest_input(i) * steps, steps, parts[0].stop) for i in layers]
 
     def run(inputs):
-        charge = inputs.astype(sums[0].integer) * (steps if snn.encoding == "direct" else 1)
-        counts = [charge]
+        counts = [inputs.astype(sums[0].integer) * (steps if snn.encoding == "direct" else 1)]
         for layer, current in zip(snn.layers, sums):
             charge = current(counts[-1], steps)
             if layer.fires:
@@ -2180,8 +2184,7 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     "direct". Time runs in chunks and images in blocks of `batch`, one block a thread; neither
     changes any bit. Memory grows with T by logits_over_time, and what `record` keeps, alone."""
     check_input(snn, k0)
-    delay = delay_of(schedule, snn.steps)
-    xp = array_module(k0)
+    xp, delay = array_module(k0), delay_of(schedule, snn.steps)
     batch, chunk = memory_limits(snn, xp, len(k0), batch, chunk, threads or CORES)
 
     def prepared(i):
@@ -2474,9 +2477,8 @@ def divergence(snn, k0, schedule="streaming", threads=None):
     x, seen_at = Source(k0, steps, snn.encoding).spikes(steps), xp.arange(steps)
     steps_left, seen_at = steps - 1 - seen_at, xp.minimum(seen_at + delay, steps - 1)
     for i, (layer, spikes, exact) in enumerate(zip(snn.layers, run.spikes, reference.counts)):
-        integer = integer_dtype(steps * largest_sum(layer, snn.largest_input(i), 1))
-        sums = Sums(snn, i, xp, snn.largest_input(i), 1, steps * len(k0), integer)
-        charge = sums(x.reshape(-1, *x.shape[2:]), 1).reshape(spikes.shape).cumsum(0)
+        sums = Sums(snn, i, xp, snn.largest_input(i), 1, steps * len(k0))
+        charge = sums(x.reshape(-1, *x.shape[2:]), 1).reshape(spikes.shape).cumsum(0, np.int64)
         charge += xp.asarray(layer.v0)  # P(t), then the potential that each comparison meets
         fired = spikes.cumsum(0, dtype=np.int64)  # (T, N, ...)
         potential = charge[seen_at] - xp.asarray(layer.theta) * (fired - spikes)
@@ -2604,9 +2606,8 @@ SNN_FORMAT, MODEL_FORMAT, VECTORS_FORMAT = "cqsnn-snn/1", "cqsnn-model/1", "cqsn
 
 def save_snn(path, snn):
     """Write a SpikingNetwork as an SNN file: JSON `network`, int32 i.w, i.b, i.theta, i.v0."""
-    network, arrays = asdict(snn), {}
-    if network["head_start"] == (0, 0):
-        del network["head_start"]
+    unsaid, arrays = {"head_start": (0, 0), "levels": None}, {}
+    network = {n: v for n, v in asdict(snn).items() if n not in unsaid or v != unsaid[n]}
     for i, layer in enumerate(network["layers"]):
         found = {f"{i}.{name}": layer.pop(name) for name in LAYER_ARRAYS}
         arrays |= {key: a for key, a in found.items() if a is not None}
@@ -2625,8 +2626,7 @@ def load_snn(path):
             layers.append(SpikingLayer(**entry, **parts))
         if arrays:
             raise ValueError(f"array {min(arrays)} belongs to no layer")
-        network["input_shape"] = tuple(network["input_shape"])
-        network["head_start"] = tuple(network.get("head_start", (0, 0)))
+        network |= {n: tuple(network[n]) for n in ("input_shape", "head_start") if n in network}
         snn = SpikingNetwork(**network, layers=tuple(layers))
         check_network(snn)
     return snn
@@ -2637,6 +2637,7 @@ def check_network(snn):
     for name, high in (("steps", 2**31 - 1), ("classes", 2**31 - 1), ("unit", 16)):
         check_range(name, getattr(snn, name), 1, high)
     check_range("weight_bits", snn.weight_bits, 2, 16)
+    check_range("levels", 1 if snn.levels is None else snn.levels, 1, 2**31 - 1)
     check_choice("encoding", snn.encoding, ENCODINGS)
     if len(snn.head_start) != 2 or not all(abs(x) <= MOST_HEAD_START for x in snn.head_start):
         raise ValueError(f"head_start {snn.head_start}, expected two, up to {MOST_HEAD_START}")
@@ -2647,7 +2648,7 @@ def check_network(snn):
         raise ValueError(f"input_shape {shape} and {len(snn.layers)} layers, expected 3 and some")
     for i, layer in enumerate(snn.layers):
         _check_layer(layer, i, shape)
-        (shape,) = output_shapes([layer], shape, snn.classes)
+        (shape,) = output_shapes([layer], shape, snn.classes, i)
         if layer.fires is not (i < len(snn.layers) - 1):
             raise ValueError(f"layer {i} fires: {layer.fires}; every layer fires but the last")
     if shape != (snn.classes,):
@@ -2686,8 +2687,7 @@ def save_model(path, params, state, meta):
     """Write a checkpoint: parameters, optimiser state, and `meta`, anything JSON can hold."""
     arrays = {f"params/{key}": to_host(a) for key, a in params.items()}
     arrays |= {f"state/{key}": to_host(a) for key, a in state.items()}
-    text = json.dumps(meta)
-    write_file(path, lambda f: np.savez(f, format=MODEL_FORMAT, meta=text, **arrays))
+    write_file(path, lambda f: np.savez(f, format=MODEL_FORMAT, meta=json.dumps(meta), **arrays))
 
 
 def load_model(path):

@@ -49,8 +49,7 @@ NET_RECIPES = {name: _VGG for name in cqsnn.NETWORKS if name.startswith("vgg")}
 SCHEDULES = ("streaming", "1", "2", "4", "synchronous")
 # with which networks in colour lose least, first layer and others; h is a part of positive ones
 HEAD_STARTS = {"direct": (7 / 8, 1 / 4), "spikes": (-3 / 2, 1 / 4)}
-_CIFAR_SCHEDULES = ("streaming", "1", "2", "4", "8", "synchronous")
-DATASET_SCHEDULES = {"cifar10": _CIFAR_SCHEDULES, "cifar100": _CIFAR_SCHEDULES}
+DATASET_SCHEDULES = dict.fromkeys(("cifar10", "cifar100"), (*SCHEDULES[:4], "8", "synchronous"))
 VERSIONS = {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
 VERSIONS |= {"python": platform.python_version()}
 OTHER_IMAGES = 1000  # on which the encoding that the network was not trained for is shown
@@ -273,6 +272,8 @@ def locked(folder):
             cqsnn.lock(file)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is writing this run folder") from None
+        for half_written in folder.glob(".*.partial"):  # before a kill
+            half_written.unlink()
         yield
 
 
@@ -837,9 +838,9 @@ def train_and_convert(args):
         convert_and_report(args, recipe, net, params, meta, folder, data)
 
 
-def print_certificate(snn, levels, schedule):
+def print_certificate(snn, schedule):
     """Print what `certify` proves of a network under a schedule."""
-    print(f"\n{schedule_label(schedule)}, {network_label(snn, levels)}, for every image:")
+    print(f"\n{schedule_label(schedule)}, {network_label(snn, snn.levels)}, for every image:")
     print(
         f"{'layer':14} {'current in a step':>22} {'potential':>24} {'bits':>4} {'sums':>8} "
         f"{'own error':>12} {'error in all':>22}"
@@ -938,8 +939,8 @@ def simulate_file(args):
         if getattr(args, name) is not defaults.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: of training, expected no --simulate")
     path = args.export_nir
-    if path and os.path.exists(path) and os.path.samefile(path, args.simulate):
-        raise ValueError(f"{path}: the file of --simulate, expected another")
+    if path and os.path.isfile(path) and Path(path).read_bytes()[:4] != b"\x89HDF":
+        raise ValueError(f"{path}: no NIR file, expected one or a new name")
     if args.record is not None and os.path.exists(args.record):
         cqsnn.read_npz(args.record, cqsnn.VECTORS_FORMAT)  # nothing else is replaced
     snn = cqsnn.load_snn(args.simulate)
@@ -955,7 +956,7 @@ def simulate_file(args):
     snn = snn if args.head_start is None else cqsnn.head_start(snn, *args.head_start)
     if args.certify:
         for schedule in schedules_of(args):
-            print_certificate(snn, args.levels, schedule)
+            print_certificate(snn, schedule)
         return
     if args.export_nir is not None:
         export_nir(args.export_nir, snn)
@@ -976,7 +977,7 @@ def report_file(args, snn, test):
     if folder and any((folder / name).exists() for name in ("model.npz", "snn.npz")):
         raise ValueError(f"--out: {folder}: holds a training and its report, expected another")
     report = begun_report(args) | {"steps": snn.steps, "encoding": snn.encoding}
-    report |= {n: getattr(snn, n) for n in ("weight_bits", "head_start")} | {"levels": args.levels}
+    report |= {n: getattr(snn, n) for n in ("weight_bits", "head_start", "levels")}
     writes = folder and args.ranks.rank == 0
     with locked(folder) if writes else contextlib.nullcontext():
         report |= simulate(args, snn, test)

@@ -662,6 +662,7 @@ def test_full_disk_ends_with_one_line_and_the_last_good_checkpoint(tmp_path):
         stop_after_epochs(running, 3, signal.SIGKILL)
     before = (tmp_path / "run" / "model.npz").read_bytes()
     assert len(before) > 20000
+    (tmp_path / "run" / ".model.npz.1.2.partial").write_bytes(before)  # of a kill: goes
     full = subprocess.run(
         [*COMMAND, *LONG, "--resume"],
         cwd=tmp_path,
@@ -793,6 +794,11 @@ def test_simulate_rounds_to_the_levels_asked_for(steps, quick, tmp_path):
     assert_refused(train_cq(tmp_path, *how, *steps, "--levels", "0"), "--levels: 0", "1 to")
     assert_works(train_cq(tmp_path, *how, *steps, "--levels", "3", "--out", "out"))
     assert report_of(tmp_path / "out")["levels"] == 3
+    cqsnn.save_snn(tmp_path / "snn.npz", snn)
+    done = train_cq(tmp_path, "--simulate", "snn.npz", *how[2:], "--certify")
+    assert f"T = {snn.steps}, L = 3" in done.stdout
+    done = train_cq(tmp_path, "--simulate", "snn.npz", *how[2:], "--steps", "4")
+    assert_refused(done, "L = 3 before", "as trained")
 
 
 def test_a_network_of_other_classes_and_two_questions_at_once_are_refused(quick, tmp_path):

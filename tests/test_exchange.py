@@ -381,6 +381,11 @@ def test_export_writes_the_graph_and_says_what_its_reader_must_set(tmp_path):
     assert_works(done)
     assert "soft reset" in done.stdout and "v >= v_threshold" in done.stdout
     assert len(nir.read(tmp_path / "out.nir").nodes) == 10
+    assert_works(train_cq(tmp_path, "--simulate", "snn.npz", "--export-nir", "out.nir"))  # again
+    before = (tmp_path / "snn.npz").read_bytes()  # of no other kind is a file replaced
+    done = train_cq(tmp_path, "--simulate", "snn.npz", "--export-nir", "snn.npz")
+    assert_refused(done, "snn.npz", "no NIR file", "new name")
+    assert (tmp_path / "snn.npz").read_bytes() == before
 
 
 # Golden vectors -----------------------------------------------------------------------------------

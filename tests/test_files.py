@@ -235,6 +235,8 @@ SPOILED_SNN = {
     "other classes": in_json(lambda n: n.update(classes=n["classes"] + 1)),
     "a silent layer": in_json(lambda n: n["layers"][0].update(fires=False)),
     "a last layer that fires": in_json(lambda n: n["layers"][-1].update(fires=True)),
+    "no levels": in_json(lambda n: n.update(levels=0)),
+    "levels in words": in_json(lambda n: n.update(levels="many")),
     "fires in words": in_json(lambda n: n["layers"][0].update(fires="yes")),
 }
 
@@ -264,6 +266,30 @@ def test_a_head_start_of_an_older_unit_is_refused(tmp_path):
         ValueError, match=r"old.npz: .*0.v0: \(\) with a head start, expected \(3,\)"
     ):
         cqsnn.load_snn(tmp_path / "old.npz")
+
+
+def test_a_network_taken_to_other_steps_keeps_its_levels_and_is_not_taken_there_again(tmp_path):
+    net = cqsnn.network("3C3-A-FC")
+    params = cqsnn.init_params(net, (6, 6, 1), 4, np.random.default_rng(0))
+    snn = cqsnn.convert(net, params, (6, 6, 1), 8)
+    for levels, found in ((None, None), (16, None), (np.int64(8), 8)):
+        cqsnn.save_snn(tmp_path / "new.npz", cqsnn.at_steps(snn, 16, levels))
+        read = cqsnn.load_snn(tmp_path / "new.npz")
+        assert read.levels == found
+        if found is None:
+            assert cqsnn.at_steps(read, 8).steps == 8
+            continue
+        for again in ((16, 8), (16, None), (8, 8)):
+            with pytest.raises(ValueError, match="L = 8 before, expected it as trained"):
+                cqsnn.at_steps(read, *again)
+
+
+def test_a_layer_too_large_for_its_input_is_refused_by_its_number():
+    pool = cqsnn.SpikingLayer("pool", 2, 2, 0, True, None, None, np.int32(4), np.int32(0))
+    large = replace(pool, size=20, stride=20, theta=np.int32(400))
+    snn = cqsnn.SpikingNetwork(4, (8, 8, 1), 1, 8, 1, "spikes", (pool, large))
+    with pytest.raises(ValueError, match=r"layer 1 \(pool 20x20\): input 4x4"):
+        cqsnn.check_network(snn)
 
 
 def test_wrong_version_is_refused_with_both_versions(tmp_path):

@@ -35,6 +35,8 @@ def test_weighted_sums_equal_their_definitions_on_whole_numbers(shape):
     per_channel = w[..., 0]
     ours, _ = cqsnn.depthwise(x, per_channel, stride, pad)
     assert (ours == loop_depthwise(x, per_channel, stride, pad)).all()
+    counts = x.astype(np.int32)  # of spikes, in the type of the weights that carry them
+    assert cqsnn.depthwise(counts, per_channel.astype(np.float32), 1, pad)[0].dtype == np.float32
     assert (cqsnn.sum_pool(x, size, np.float64)[0] == loop_pool(x, size)).all()
     matrix = rng.integers(-9, 9, (x[0].size, 2)).astype(np.float64)
     assert (cqsnn.dense(x, matrix)[0] == loop_dense(x, matrix)).all()
