@@ -272,7 +272,7 @@ def locked(folder):
             cqsnn.lock(file)
         except BlockingIOError:
             raise ValueError(f"{folder}: another process is writing this run folder") from None
-        for half_written in folder.glob(".*.partial"):  # before a kill
+        for half_written in folder.glob(".*.[0-9]*.[0-9]*.partial"):  # by `write_file`, then killed
             half_written.unlink()
         yield
 

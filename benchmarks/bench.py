@@ -294,9 +294,9 @@ def machine(options, peer_python, work):
 
 def choose_at_once(case, told, peer_python, work, quick):
     """Return {name: how many images a peer simulates together}: the fastest of some or all."""
-    choices = (1,) if quick else (16, 64, 256) if told["device"] == "gpu" else (1, 4, 16)
-    choices, seconds = sorted({*choices, case.images} if not quick else choices), {}
-    every = peers(case, told["device"], peer_python)
+    some = (16, 64, 256) if told["device"] == "gpu" else (1, 4, 16)
+    choices = (1,) if quick else sorted({*some, case.images})
+    every, seconds = peers(case, told["device"], peer_python), {}
     for n in choices:  # one after another: the memory is for one
         found = {k: e._replace(told=e.told | {"at_once": n}) for k, e in every.items()}
         rows, _ = measure(found, told, 1, work)
@@ -521,7 +521,8 @@ def parse(arguments):
     names = [*options.cases, "growth", "startup"]
     for name in options.only or ():
         cqsnn.check_choice("--only", name, names)
-    options.only, options.names = options.only or names, names
+    named = [f"bench-{options.device}", *["quick"] * options.quick, *(options.only or ())]
+    options.name, options.only = "-".join(named), options.only or names
     if options.out and not options.out.is_dir():
         raise ValueError(f"--out: {options.out}, expected a folder")
     return options
@@ -564,9 +565,6 @@ def main(arguments=None):
         work = envs / f"cases-{options.device}"
         work.mkdir(parents=True, exist_ok=True)
 
-        name = f"bench-{options.device}{'-quick' * options.quick}"
-        name += "".join(f"-{case}" for case in options.only if options.only != options.names)
-
         def show(more, result):  # and keep it: a run that is stopped has written what it had
             for line in more:
                 lines.append(line)
@@ -574,11 +572,12 @@ def main(arguments=None):
             texts = {"json": json.dumps(result, indent=1), "md": "\n".join(lines)}
             for end, text in texts.items() if options.out else ():
                 write = lambda file, text=text: file.write(text.encode())  # noqa: E731
-                cqsnn.write_file(options.out / f"{name}.partial.{end}", write)
+                cqsnn.write_file(options.out / f"{options.name}.partial.{end}", write)
 
         result = measure_all(options, environment(options.device, envs), work, show)
         for end in ("json", "md") if options.out else ():
-            os.replace(options.out / f"{name}.partial.{end}", options.out / f"{name}.{end}")
+            path = options.out / f"{options.name}.{end}"
+            os.replace(options.out / f"{options.name}.partial.{end}", path)
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
