@@ -479,7 +479,7 @@ def test_the_readmes_reader_of_an_snn_file_gives_the_logits_of_any_delay(snn, se
         cqsnn.save_snn(folder / "snn.npz", snn)
         exec(code.replace("benchmarks/results/digits/snn.npz", str(folder / "snn.npz")), names)
         found = names["simulate"](pixels[0], delay)
-        names["snn"].close()
+        names["file"].close()
     logits = cqsnn.simulate(snn, cqsnn.predicted(snn, pixels), delay).logits[0]
     assert found.tolist() == logits.tolist()
 
