@@ -1737,12 +1737,11 @@ def weight_scale(w, bits, where, channels=False):
     found = f"{where}: channel {worst} has the outsize weight {peak:.4g}"
     if scale < 1:
         raise ValueError(f"{found}, expected at most {top} for {bits} bits")
-    if channels:
-        peaks = np.where(largest > 0, np.maximum(largest, 1 / 256), 1)
-        return np.floor(top / peaks).astype(np.int64)
     if scale < 2 ** (bits - 1) / 16:
-        warnings.warn(f"{found}, which leaves others few of {bits} bits: S = {scale}", stacklevel=3)
-    return scale
+        few = f"leaves {'it' if channels else 'others'} few of {bits} bits: S = {scale}"
+        warnings.warn(f"{found}, which {few}", stacklevel=3)
+    peaks = np.where(largest > 0, np.maximum(largest, 1 / 256), 1)
+    return np.floor(top / peaks).astype(np.int64) if channels else scale
 
 
 def in_32_bits(arrays):
@@ -1808,7 +1807,9 @@ def convert(
         raise ValueError(f"{wrong}: at {weight_bits} bits these pass 2**31, expected less")
     classes = len(params[f"{last}.b"])
     whole = int(steps), tuple(map(int, shape)), classes, int(weight_bits), unit
-    return SpikingNetwork(*whole, encoding, tuple(layers))
+    snn = SpikingNetwork(*whole, encoding, tuple(layers))
+    check_network(snn)
+    return snn
 
 
 def charged(i, layer, b, v0):
@@ -2584,6 +2585,8 @@ def read_npz(path, file_format=None):
         if unpacked > LARGEST_FILE:
             raise ValueError(f"unpacks to {unpacked:,} bytes, expected up to {LARGEST_FILE:,}")
         for entry in archive.infolist():
+            if b"PK\1\2" in entry.comment + entry.extra:  # a wrong length hides entries behind it
+                raise ValueError(f"{entry.filename}: holds another entry of the directory")
             with archive.open(entry) as packed:  # read whole, or nobody checks its CRC
                 file = io.BytesIO(packed.read(entry.file_size))
             np.lib.format.read_magic(file)
@@ -3080,7 +3083,7 @@ def parse_idx(where, data, axes):
     if data[:4] != bytes((0, 0, 8, axes)) or len(data) < start:
         raise ValueError(f"{where}: starts with {data[:4].hex()}, expected 0000080{axes} (IDX)")
     shape = tuple(int(n) for n in np.frombuffer(data, ">u4", axes, 4))
-    if len(data) != start + math.prod(shape):
+    if len(data) != start + math.prod(shape) or 0 in shape[1:]:
         raise ValueError(f"{where}: {len(data)} bytes, expected {'x'.join(map(str, shape))} values")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -3139,11 +3142,18 @@ def parse_cifar_pickle(where, data, label_key):
     return np.ascontiguousarray(images), labels
 
 
+# where the digits lie that come with the module: beside it, or where pip puts them
+SHIPPED = Path(__file__).parent / "data", Path(sys.prefix) / "share" / "cqsnn"
+
+
 def load_dataset(name, data_dir="data"):
     """Return (images, labels) to train and to test: uint8 (N, H, W, C), int64 (N,).
     Raises FileNotFoundError naming what was looked for, ValueError for damaged files."""
     check_choice("dataset", name, DATASETS)
     dataset, parts = DATASETS[name], []
+    for folder in SHIPPED if (name, str(data_dir)) == ("digits", "data") else ():
+        if not Path(data_dir, name).is_dir() and Path(folder, name).is_dir():
+            data_dir = folder
     packed = [Path(data_dir) / part for part in (dataset.folder, dataset.archive) if part]
     if name in PICKLED and not any(path.exists() for path in packed):
         folder = Path(data_dir) / PICKLED[name].folder

@@ -236,10 +236,6 @@ def load_data(args, xp):
     if args.download and args.ranks.rank:
         args.ranks.gather([])  # until the first rank has fetched them
     data_dir = Path(args.data_dir)
-    beside = (Path(cqsnn.__file__).parent / "data", Path(sys.prefix) / "share" / "cqsnn")
-    for folder in beside if args.dataset == "digits" and args.data_dir == "data" else ():
-        if not (data_dir / "digits").is_dir() and (folder / "digits").is_dir():
-            data_dir = folder
     try:
         parts = cqsnn.load_dataset(args.dataset, data_dir)
     except FileNotFoundError as error:
@@ -748,7 +744,10 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
     report |= stage_accuracies(args, recipe, net, params, meta["log"], test)
     convert = functools.partial(converted, args, recipe, net, params, test[0].shape[1:])
     rows, began, every = [], time.perf_counter(), dict.fromkeys(args.weight_bits)
-    networks = [convert(bits, encoding=recipe.encoding) for bits in every]
+    try:
+        networks = [convert(bits, encoding=recipe.encoding) for bits in every]
+    except ValueError as error:
+        raise ValueError(f"{error}; --resume with other --weight-bits goes on") from None
     seconds = {"convert": (time.perf_counter() - began) / len(networks)}
     seconds["train"] = sum(line["seconds"] for line in meta["log"])
     for snn in networks:
@@ -963,9 +962,12 @@ def simulate_file(args):
         return
     xp, args.device_name = array_library(args.device, args.ranks.local)
     test, classes = load_data(args, xp)[1], cqsnn.DATASETS[args.dataset].classes
+    if snn.input_shape != (shape := test[0].shape[1:]):
+        found = f"{args.simulate}: a network for images of {snn.input_shape}"
+        raise ValueError(f"{found}, expected {shape} as of --dataset {args.dataset}")
     if snn.classes != classes and not (args.digest or args.record is not None):  # no labels
         found = f"{args.simulate}: a network of {snn.classes} classes"
-        raise ValueError(f"{found}, expected the {classes} of {args.dataset}")
+        raise ValueError(f"{found}, expected the {classes} of --dataset {args.dataset}")
     asked = {digest: args.digest, explain: args.explain, record: args.record}
     answers = [answer for answer, wish in asked.items() if wish is not None]
     (answers or [report_file])[0](args, snn, test)

@@ -290,6 +290,16 @@ def test_a_report_is_that_of_the_files_beside_it(broken, how, quick, tmp_path, m
     assert not (tmp_path / "run" / "report.json").exists()
 
 
+def test_a_width_that_is_refused_after_training_says_how_to_go_on(quick, monkeypatch, capsys):
+    def refused(*_, **__):
+        raise ValueError("layer 0 (conv): expected at most 1 for 2 bits")
+
+    monkeypatch.setattr(cqsnn, "convert", refused)
+    how = "--out", str(quick / "run"), "--data-dir", str(ROOT / "data"), "--resume"
+    assert train_cq_module.main([*QUICK, *how, "--weight-bits", "8", "2"]) == 2
+    assert "2 bits; --resume with other --weight-bits goes on\n" in capsys.readouterr().err
+
+
 def test_what_a_run_left_is_not_replaced(quick, tmp_path):
     """By a simulation into its folder, or by golden vectors with the name of the network."""
     shutil.copytree(quick / "run", tmp_path / "run")
@@ -808,6 +818,9 @@ def test_a_network_of_other_classes_and_two_questions_at_once_are_refused(quick,
     last = replace(last, w=last.w[:, :9], b=last.b[:9])
     cqsnn.save_snn(tmp_path / "nine.npz", replace(snn, classes=9, layers=(*snn.layers[:-1], last)))
     assert_refused(train_cq(tmp_path, "--simulate", "nine.npz"), "nine.npz", "9 classes", "10")
+    mnist = ROOT / "benchmarks" / "results" / "mnist" / "snn.npz"
+    says = "mnist/snn.npz", "(28, 28, 1)", "(8, 8, 1)", "--dataset digits"
+    assert_refused(train_cq(tmp_path, "--simulate", mnist), *says)
     assert_refused(train_cq(tmp_path, *how, "--certify", "--digest"), "--certify", "--digest")
 
 

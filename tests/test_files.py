@@ -487,6 +487,20 @@ def test_flips_in_the_headers_of_arrays_are_refused_or_unharmed(saved):
             assert_refused_or_same(bytes(spoiled), content, same)
 
 
+@both_formats
+def test_flips_in_the_directory_are_refused_or_unharmed(save, load, same, tmp_path):
+    """A wrong length of a name, extra field or comment must not hide the entries behind it."""
+    save(tmp_path / "good.npz")
+    data, content = (tmp_path / "good.npz").read_bytes(), load(tmp_path / "good.npz")
+    entries = [i for i in range(len(data)) if data.startswith(b"PK\1\2", i)]
+    assert len(entries) > 1
+    for place in (i + byte for i in entries for byte in range(28, 34)):
+        for bit in range(8):
+            spoiled = bytearray(data)
+            spoiled[place] ^= 1 << bit
+            assert_refused_or_same(bytes(spoiled), content, same)
+
+
 UNFIT = {
     "another encoding": lambda meta, arrays: meta.update(encoding="rate"),
     "a delay that is not its schedule's": lambda meta, arrays: meta.update(delay=2),
@@ -881,6 +895,7 @@ IDX_DAMAGE = {
     "labels for images": ("train-images-idx3-ubyte", lambda d: b"\0\0\x08\x01" + d[4:]),
     "little-endian sizes": ("train-labels-idx1-ubyte", lambda d: d[:4] + d[4:8][::-1] + d[8:]),
     "label 10": ("t10k-labels-idx1-ubyte", lambda d: d[:-1] + b"\x0a"),
+    "images of no rows": ("train-images-idx3-ubyte", lambda d: d[:8] + bytes(4) + d[12:16]),
     "a label less": ("train-labels-idx1-ubyte", lambda d: d[:7] + bytes([d[7] - 1]) + d[8:-1]),
     "no label": ("t10k-labels-idx1-ubyte", lambda d: d[:4] + bytes(4)),
 }
@@ -1081,6 +1096,15 @@ DIGITS_SHA256 = {
 def test_digits_are_the_files_we_began_with(name):
     data = (ROOT / "data" / "digits" / name).read_bytes()
     assert hashlib.sha256(data).hexdigest() == DIGITS_SHA256[name]
+
+
+def test_digits_are_found_from_any_folder_unless_it_has_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (images, _), _ = cqsnn.load_dataset("digits")
+    assert len(images) == 1297
+    (tmp_path / "data" / "digits").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="data/digits/train-images"):
+        cqsnn.load_dataset("digits")
 
 
 def test_digits_are_split_by_class():

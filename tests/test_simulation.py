@@ -458,20 +458,29 @@ def test_weights_do_not_depend_on_steps_and_shift_only_moves_v0():
         assert a.w is None or ((a.w == b.w).all() and (a.b == b.b).all())
 
 
-def test_outsize_weights_warn_and_weights_that_do_not_fit_are_refused():
+@pytest.mark.parametrize("channels, which", [(False, "others"), (True, "it")])
+def test_outsize_weights_warn_and_weights_that_do_not_fit_are_refused(channels, which):
     net, params = random_cnn(WORDS[0], (9, 8, 2), 0)
     params["0.var"][1] = 1e-3
-    with pytest.warns(UserWarning, match=r"layer 0 \(conv\): channel 1 has the outsize weight"):
+    found = rf"layer 0 \(conv\): channel 1 has the outsize weight .* leaves {which} few of 8 bits"
+    with pytest.warns(UserWarning, match=found):
         params["0.w"][:] = 0.5 / 3
         params["0.gamma"][:] = 1.0
         params["0.gamma"][1] = 6
-        cqsnn.convert(net, params, (9, 8, 2), 8)
+        cqsnn.convert(net, params, (9, 8, 2), 8, channel_scales=channels)
     params["0.gamma"][1] = 1e4
     with pytest.raises(ValueError, match=r"layer 0 \(conv\): channel 1 .* expected at most 127"):
         cqsnn.convert(net, params, (9, 8, 2), 8)
     params["0.gamma"][1] = np.nan
     with pytest.raises(ValueError, match=r"layer 0 \(conv\): channel 1 .* finite"):
         cqsnn.convert(net, params, (9, 8, 2), 8)
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 3), (16, 16, 2)])
+def test_parameters_of_another_input_are_not_converted(shape):
+    net, params = random_cnn("4C3-FC", (9, 8, 2), 0)
+    with pytest.raises(ValueError, match=r"array [01]\.w: \(.*\) int32, expected \(.*\)"):
+        cqsnn.convert(net, params, shape, 8)
 
 
 @pytest.mark.parametrize(
