@@ -396,9 +396,8 @@ extern "C" __global__ void im2col(const ELEMENT *x, unsigned height, unsigned wi
 
 
 def im2col(x, size, stride, pad, dtype):
-    """Return im2col of x (N, H, W, C), any real type, at once and on a GPU: (N*Ho*Wo, K*K*C) in
-    dtype (float16, float32 or float64), zeros beyond the borders. The same rows as those that
-    NumPy copies in `column_blocks`; x is converted before it is multiplied K*K times, and moved
+    """Return on a GPU, at once, the rows (N*Ho*Wo, K*K*C) that NumPy copies in `column_blocks`, in
+    dtype: float16, float32 or float64. x is converted before it is multiplied K*K times, and moved
     16 bytes at a time where its channels fill them and it lies on a multiple of them."""
     xp, (n, height, width, channels) = array_module(x), x.shape
     x = xp.ascontiguousarray(x.astype(dtype, copy=False))
@@ -617,43 +616,39 @@ class Tiles(NamedTuple):
     down: int
     across: int
 
-    def crops(self, shape):
-        """For images of `shape`: the shape of what the tiles reach of them and their border, which
-        pixels of the images that is, and where those lie in it."""
+    def framed(self, shape, dtype):
+        """For images of `shape`: zeros for them, their border and what the tiles reach beyond it;
+        and, a view of those, where the images lie."""
         sizes = [(self.m * n + self.r - 1) * self.stride for n in (self.down, self.across)]
-        kept = [min(n, size - self.pad) for n, size in zip(shape[1:3], sizes)]
-        inside = (slice(None), *(slice(n) for n in kept))
-        reached = (slice(None), *(slice(self.pad, self.pad + n) for n in kept))
-        return (shape[0], *sizes, shape[3]), inside, reached
+        ends = [self.pad + n for n in shape[1:3]]
+        frame = np.zeros((shape[0], *map(max, sizes, ends), shape[3]), dtype)
+        return frame, frame[:, self.pad : ends[0], self.pad : ends[1]]
 
-    def view(self, reached):
-        """View what the tiles reach (N, H, W, C) as the pixels k, l of every tile and phase:
+    def view(self, frame):
+        """View framed images (N, H, W, C) as the pixels k, l of every tile and phase:
         (m+r-1, m+r-1, N, down, across, S, S*C)."""
-        (n, _, _, channels), (image, row, column, channel) = reached.shape, reached.strides
+        (n, _, _, channels), (image, row, column, channel) = frame.shape, frame.strides
         side, s = self.m + self.r - 1, self.stride
         shape = (side, side, n, self.down, self.across, s, s * channels)
         strides = (row * s, column * s, image, row * s * self.m, column * s * self.m, row, channel)
-        return np.lib.stride_tricks.as_strided(reached, shape, strides)
+        return np.lib.stride_tricks.as_strided(frame, shape, strides)
 
 
 def winograd_inputs(x, tiles, dtype):
     """v = B' x B of every tile and phase: (m+r-1, m+r-1, N*down*across, S*S*C), of a type."""
-    shape, inside, met = tiles.crops(x.shape)
-    reached = np.zeros(shape, dtype)
-    reached[met] = x[inside]
-    v = both_ways(WINOGRAD[tiles.m, tiles.r][1], tiles.view(reached).copy())
+    frame, images = tiles.framed(x.shape, dtype)
+    images[...] = x
+    v = both_ways(WINOGRAD[tiles.m, tiles.r][1], tiles.view(frame).copy())
     return v.reshape(*v.shape[:2], -1, tiles.stride**2 * x.shape[3])
 
 
 def winograd_inputs_backward(dv, tiles, shape):
     """dx = B dv B' of every tile, added up where tiles overlap, as images of `shape`."""
-    wide, inside, met = tiles.crops(shape)
-    reached, dx = np.zeros(wide, dv.dtype), np.zeros(shape, dv.dtype)
-    pixels = tiles.view(reached)
+    frame, dx = tiles.framed(shape, dv.dtype)
+    pixels = tiles.view(frame)
     dpixels = both_ways(np.transpose(WINOGRAD[tiles.m, tiles.r][1]), dv).reshape(pixels.shape)
     for at in np.ndindex(pixels.shape[:2]):
         pixels[at] += dpixels[at]
-    dx[inside] = reached[met]
     return dx
 
 
@@ -770,13 +765,11 @@ CACHED = 2**20  # values of a block that several passes go over; threads take tu
 def cached_blocks(shape):
     """Yield indexes of blocks of an array (N, ..., C), small enough for a cache: of whole images,
     or of some rows of one. They depend on the shape alone."""
-    rows = shape[1] if len(shape) > 2 else 1
-    images = max(1, CACHED // math.prod(shape[1:]))
-    rows = rows if images > 1 else max(1, CACHED * rows // math.prod(shape[1:]))
-    for start in range(0, shape[0], images):
-        for top in range(0, shape[1], rows) if len(shape) > 2 else [None]:
-            index = slice(start, start + images)
-            yield index if top is None else (index, slice(top, top + rows))
+    height, size = shape[1] if len(shape) > 2 else 1, math.prod(shape[1:])
+    images = max(1, CACHED // size)
+    rows = height if images > 1 else max(1, CACHED * height // size)
+    for start, top in itertools.product(range(0, shape[0], images), range(0, height, rows)):
+        yield (slice(start, start + images), slice(top, top + rows))[: len(shape) - 1]
 
 
 def column_sums(x):
@@ -1131,8 +1124,7 @@ def output_shapes(net, shape, classes, first=0):
 
 def init_params(net, shape, classes, rng):
     """Return float32 parameters for images of `shape` (H, W, C), drawn from the Generator rng.
-    Weights are normal with variance 2 / fan-in (1 / fan-in for the last layer), a trainable
-    pooling starts as the mean, batch normalisation with gamma GAMMA_START and beta 0."""
+    Weights are normal with variance 2 / fan-in, 1 / fan-in in the last layer."""
     params, outputs = {}, output_shapes(net, shape, classes)
     for i, (layer, before, out) in enumerate(zip(net, [shape, *outputs], outputs)):
         if layer.kind == "pool":
@@ -1228,15 +1220,6 @@ class LayerTape(NamedTuple):
     norm: tuple | None  # cache of `batch_norm`
 
 
-def carried_weights(layer, w, unit, shape, training=False):
-    """Return what `linear` takes for inputs of `shape` that are activations times unit."""
-    if layer.kind == "pool":
-        return None
-    w = applied_weights(layer, w, shape[1:]) / unit
-    m = tile_size(layer, w, shape, training)
-    return winograd_kernel(w, layer.stride, m) if m else w
-
-
 def outputs(layer, how, unit, norm, z, seed):
     """Return what a layer passes on from its sums z, levels while quantised; where it lets
     gradients pass, and the cache of its dropout, or None. A pooling's mean is not clamped: behind a
@@ -1292,7 +1275,9 @@ def forward(
         p = {name: params.get(f"{i}.{name}") for name in ("w", "b", "gamma", "beta", "mean", "var")}
         # the batch's first shard, not a rank's: every rank takes the same algorithm
         few = parts[0].stop, *zs[0].shape[1:]
-        w = carried_weights(layer, p["w"], unit, few, rng is not None)
+        w = None if layer.kind == "pool" else applied_weights(layer, p["w"], few[1:]) / unit
+        if m := tile_size(layer, w, few, rng is not None):
+            w = winograd_kernel(w, layer.stride, m)
         counted = layer.norm and rng is not None
 
         def run(z, seed):
@@ -1827,11 +1812,9 @@ def head_start(snn, first, others):
     """Return snn with v0 raised by `first` units in the first layer and by `others` thetas in the
     others that have weights, rounded toward 0 to a multiple of T, and b lowered by as much over T
     steps; in place of the head start that it has. T b + v0 stays, and with it the integer CNN.
-    The unit is theta: spikes come earlier, no longer late beside the biases, which are felt from
-    the first step on. With spikes as input it is sqrt(sum w**2 / 12), and v0 becomes (O,): how far
+    The unit is theta; with spikes as input sqrt(sum w**2 / 12), and v0 becomes (O,): how far
     potentials deviate while pixels are 0 to 1 spike short of k0 t / T, the floor in `Source`, if
-    these lags are uniform and independent. A negative start lets a layer wait: what it fires too
-    soon is never taken back. For another T see `at_steps`."""
+    these lags are uniform and independent. What it is for: README, Conventions."""
     starts = snn.head_start, (float(first), float(others))
     if not all(abs(x) <= MOST_HEAD_START for x in starts[1]):
         raise ValueError(f"head start: {starts[1]}, expected up to {MOST_HEAD_START} either way")
@@ -2180,11 +2163,12 @@ def memory_limits(snn, xp, images, batch, chunk, threads):
 
 @one_blas_thread
 def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None, threads=None):
-    """Simulate the SNN spike by spike for T = snn.steps steps; return a Run.
-    k0 (N, H, W, C): counts 0 to T from `encode`, or uint8 pixels where snn.encoding is
-    "direct". Time runs in chunks and images in blocks of `batch`, one block a thread; neither
-    changes any bit. Memory grows with T by logits_over_time, and what `record` keeps, alone."""
+    """Simulate the SNN spike by spike for T = snn.steps steps, k0 as in `integer_forward`; return
+    a Run. Time runs in chunks and images in blocks of `batch`, one block a thread; neither changes
+    any bit. Memory grows with T by logits_over_time, and what `record` keeps, alone."""
     check_input(snn, k0)
+    for name, given in (("batch", batch), ("chunk", chunk)):
+        check_range(name, 1 if given is None else given, 1, 2**31 - 1)
     xp, delay = array_module(k0), delay_of(schedule, snn.steps)
     batch, chunk = memory_limits(snn, xp, len(k0), batch, chunk, threads or CORES)
 
@@ -2282,10 +2266,8 @@ def neurobench(snn, schedule, images, spikes, operations):
     """Return what NeuroBench 2.3 (Yik et al., 2025) measures, under its names, for `images` images
     with `spikes` spikes and the effective_operations of all of them. What is measured steps every
     layer until the answer and holds the arrays of the SNN file that play a part: w and b, and
-    theta and v0 where a layer fires. Footprint: their bytes, int32; potentials are no part of it.
-    Footprint_packed, ours: the same with each w / unit in 1 byte, 2 from 9 bits on.
-    ConnectionSparsity: zero weights, a fraction. ActivationSparsity: silent steps of firing
-    neurons, a fraction. Dense: what each step costs if all inputs and weights are nonzero."""
+    theta and v0 where a layer fires, int32; Footprint_packed, ours, with each w / unit in 1 byte,
+    2 from 9 bits on. Dense: what all steps cost if all inputs and weights are nonzero."""
     steps, (mac, ac) = steps_to_answer(snn, schedule), operations
     weights = [f.w for f in snn.layers if f.kind != "pool"]
     held = [a for f in snn.layers for a in (f.b, *((f.theta, f.v0) if f.fires else ()))]
@@ -2741,12 +2723,10 @@ def _state_modules(arrays):
 def from_state(net, arrays, shape, classes):
     """Return float32 parameters of net from a PyTorch state dict {name: array}, for images of
     `shape` (H, W, C) and so many classes. Tensors are told by their shape and order, whatever
-    their modules are called: the weights (O, C, K, K), (C, 1, K, K) of a trainable pooling, and
-    (O, in) with `in` flattened in C, H, W order go to the layers that have weights, one after
-    another; weight, bias, running_mean and running_var of each norm to the layers that have one.
-    A convolution's bias is taken off the running mean; without any norm, beta is that bias and
-    the norm otherwise changes nothing.
-    Raises ValueError that names the tensor, what was found and what was expected."""
+    their modules are called: weights, see `channels_last`, go to the layers that have any, one
+    after another; weight, bias, running_mean and running_var of each norm to those that have one.
+    A convolution's bias is taken off the running mean; without any norm, beta is that bias and the
+    norm otherwise changes nothing. Raises ValueError that names the tensor, found and expected."""
     modules, params, outputs = _state_modules(arrays), {}, output_shapes(net, shape, classes)
     weighted = [name for name, m in modules.items() if m.get("weight", np.zeros(1)).ndim > 1]
     norms = [name for name, m in modules.items() if "running_mean" in m]
@@ -2797,13 +2777,6 @@ def channels_last(layer, w, channels):
     return np.ascontiguousarray(w)
 
 
-def channels_first(w, channels):
-    """Undo `channels_last` for a convolution or a dense layer."""
-    if w.ndim == 4:
-        return np.ascontiguousarray(w.transpose(3, 2, 0, 1))
-    return np.ascontiguousarray(w.reshape(-1, channels, w.shape[-1]).T.reshape(w.shape[-1], -1))
-
-
 NIR_NOTE = (
     "cqsnn: whole numbers; neurons fire at v >= v_threshold and then lose v_threshold (soft "
     "reset), which NIR cannot say: spikingjelly needs import_from_nir(..., dt=1.0) and "
@@ -2823,21 +2796,21 @@ def to_nir(snn):
         wrong = array[array.astype(np.float32) != array]  # int32 and float32 compare as float64
         if wrong.size:
             raise ValueError(f"{name}: {wrong[0]}, expected numbers that float32 holds, as NIR's")
-        return array.astype(np.float32)
+        return np.ascontiguousarray(array, np.float32)
 
     nodes = [nir.Input(input_type=np.array([snn.input_shape[2], *snn.input_shape[:2]]))]
     for i, (layer, before, out) in enumerate(zip(snn.layers, snn.shapes, snn.shapes[1:])):
         if layer.kind == "depthwise" or (layer.fires and layer.v0.any()):
             lacks = "depthwise layer" if layer.kind == "depthwise" else "initial potential"
             raise ValueError(f"layer {i}: NIR has no {lacks}, expected a network without one")
-        if layer.kind != "pool":
-            w, b = exact(f"{i}.w", channels_first(layer.w, before[-1])), exact(f"{i}.b", layer.b)
         if layer.kind == "conv":
+            w, b = exact(f"{i}.w", layer.w.transpose(3, 2, 0, 1)), exact(f"{i}.b", layer.b)
             nodes.append(nir.Conv2d(before[:2], w, layer.stride, layer.pad, 1, 1, b))
         elif layer.kind == "dense":
             if len(before) == 3:
                 nodes.append(nir.Flatten({"input": np.array([before[2], *before[:2]])}, 0, -1))
-            nodes.append(nir.Affine(w, b))
+            w = layer.w.reshape(-1, before[-1], *out).T.reshape(*out, -1)  # (O, C*H*W)
+            nodes.append(nir.Affine(exact(f"{i}.w", w), exact(f"{i}.b", layer.b)))
         else:
             square = np.array([layer.size, layer.size])
             nodes.append(nir.SumPool2d(square, square, np.array([0, 0])))
@@ -2869,11 +2842,9 @@ def save_nir(path, snn):
 
 
 def save_vectors(path, snn, k0, schedule="streaming", threads=None):
-    """Write golden vectors of images k0 under a schedule, for hardware to be compared with:
-    `meta` (JSON: schedule, delay, steps, images, encoding, shapes), `input` (direct: pixels; else
-    spikes), `i.spikes` and `i.potential` of each firing layer over its own T firing steps and
-    after them, `logits` (T, N, classes). Spikes are bits, (T, N, neurons / 8 rounded up), neurons
-    in H, W, C order, the first in the highest bit."""
+    """Write golden vectors of images k0 under a schedule, for hardware to be compared with; the
+    README has their format. Spikes are bits, (T, N, neurons / 8 rounded up), neurons in H, W, C
+    order, the first in the highest bit."""
     run, steps = simulate(snn, k0, schedule, record=True, threads=threads), snn.steps
     delay, spiking = delay_of(schedule, steps), snn.encoding == "spikes"
 
@@ -2969,17 +2940,17 @@ for _name, _bytes, _digest in (line.split() for line in _CHECKSUMS.split("\n")[1
 
 
 def transfer(url, file, size, progress):
-    """Append what is missing of url to the open file, up to `size` bytes; no answer raises
-    ConnectionError, a connection that breaks later only ends the call.
-    A server that cannot continue sends it all again."""
+    """Append what is missing of url to the open file, up to `size` bytes; return what ended that
+    early, if anything did. A server that refuses raises ConnectionError; one that cannot continue
+    sends it all again."""
     have = file.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError:
-        raise
+    except urllib.error.HTTPError as error:
+        raise ConnectionError(f"{url}: {one_line(error)}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a bad redirect
-        raise ConnectionError(one_line(getattr(error, "reason", error))) from None
+        return one_line(getattr(error, "reason", error))
     with response:
         if have and response.status != 206:
             progress(-file.tell())
@@ -2990,7 +2961,7 @@ def transfer(url, file, size, progress):
             except (OSError, http.client.HTTPException):
                 block = b""
             if not block:
-                break
+                return "the connection broke"
             file.write(block)
             progress(len(block))
 
@@ -3007,13 +2978,7 @@ def fetch(url, path, size, sha256, progress=lambda n: None):
             most = file.tell()  # a server that sends it all again may get less far each time
             progress(most)
             while file.tell() < size:
-                reason = "the connection broke"
-                try:
-                    transfer(url, file, size, progress)
-                except urllib.error.HTTPError as error:
-                    raise ConnectionError(f"{url}: {one_line(error)}") from None
-                except ConnectionError as error:
-                    reason = error
+                reason = transfer(url, file, size, progress)
                 failures = 0 if file.tell() > most else failures + 1
                 most = max(most, file.tell())
                 if failures == 3:

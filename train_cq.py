@@ -52,6 +52,7 @@ HEAD_STARTS = {"direct": (7 / 8, 1 / 4), "spikes": (-3 / 2, 1 / 4)}
 DATASET_SCHEDULES = dict.fromkeys(("cifar10", "cifar100"), (*SCHEDULES[:4], "8", "synchronous"))
 VERSIONS = {"cqsnn": cqsnn.__version__, "numpy": np.__version__}
 VERSIONS |= {"python": platform.python_version()}
+PJ_ADD, PJ_MAC = 0.9, 4.6  # a model: an addition, a multiply-add at 45 nm (Horowitz, ISSCC 2014)
 OTHER_IMAGES = 1000  # on which the encoding that the network was not trained for is shown
 
 
@@ -68,7 +69,7 @@ def parser():
     p = Parser(description=__doc__, **how)
     p.set_defaults(ranks=cqsnn.ALONE)
     data = p.add_argument_group("data")
-    data.add_argument("--dataset", default="digits", help=", ".join(cqsnn.DATASETS))
+    data.add_argument("--dataset", default="digits", choices=RECIPES)
     data.add_argument("--data-dir", default="data", metavar="DIR", help="where data sets lie")
     data.add_argument("--download", action="store_true", help="fetch what is missing of it")
     data.add_argument("--limit", type=int, metavar="N", help="only the first N images of each part")
@@ -89,7 +90,7 @@ def parser():
     asked.add_argument("--export-nir", metavar="FILE.nir", help="write a NIR graph (package nir)")
     run = p.add_argument_group("run")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random")
-    run.add_argument("--device", default="auto", help="auto (default), cpu or gpu")
+    run.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"))
     run.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
     run.add_argument("--tf32", action="store_true", help="train in TF32, of 11 bits (a GPU)")
     text = "the run folder (default: runs/DATASET-NET); of --simulate: where to write, if at all"
@@ -118,7 +119,7 @@ def add_recipe_options(p):
     text = "or in words: 32C3-A-64C3-A-FC"
     p.add_argument("--net", metavar="NET", help=", ".join([*cqsnn.NETWORKS, text]))
     text = "input as spikes or direct (pixels at every step); a file's head start is dropped"
-    p.add_argument("--encoding", help=text)
+    p.add_argument("--encoding", choices=cqsnn.ENCODINGS, help=text)
     p.add_argument("--steps", type=int, metavar="T", help="time steps")
     text = "levels of activations (default: T); with --simulate, what the file was trained at"
     p.add_argument("--levels", type=int, metavar="L", help=text)
@@ -126,7 +127,7 @@ def add_recipe_options(p):
     for stage in cqsnn.ACTIVATIONS:
         p.add_argument(f"--{stage}-epochs", type=int, metavar="N", help=f"epochs with {stage}")
     p.add_argument("--batch", type=int, metavar="N", help="images a training step")
-    p.add_argument("--optimizer", help=", ".join(cqsnn.OPTIMIZERS))
+    p.add_argument("--optimizer", choices=cqsnn.OPTIMIZERS)
     p.add_argument("--lr", type=float, metavar="X", help="highest learning rate of each stage")
     p.add_argument("--smoothing", type=float, metavar="X", help="of labels, 0 to 1")
     p.add_argument("--dropout", type=float, metavar="X", help="after convolutions, 0 to 1")
@@ -141,9 +142,14 @@ def add_recipe_options(p):
     p.add_argument("--whiten", action=argparse.BooleanOptionalAction, help=text)
 
 
+# lowest and highest values of a recipe's numbers
+ENDS = {"steps": (1, 10**6), "levels": (1, 10**6), "batch": (1, 10**6), "most_weight": (0, 1000)}
+ENDS |= {"move": (0, 16), "cutout": (0, 32), "turn": (0, 180), "noise": (0, 1)}
+ENDS |= {f"{stage}_epochs": (0, 10**6) for stage in cqsnn.ACTIVATIONS}
+
+
 def chosen_recipe(args):
     """Return the Recipe of a data set and network with the command line's changes, checked."""
-    cqsnn.check_choice("--dataset", args.dataset, RECIPES)
     base = RECIPES[args.dataset]
     if args.net is not None:
         base = replace(base, net=args.net, **NET_RECIPES.get(args.net, {}))
@@ -151,23 +157,14 @@ def chosen_recipe(args):
     if "steps" in given:
         given.setdefault("levels", given["steps"])
     recipe = replace(base, **given)
-    cqsnn.check_choice("--encoding", recipe.encoding, cqsnn.ENCODINGS)
-    cqsnn.check_choice("--optimizer", recipe.optimizer, cqsnn.OPTIMIZERS)
-    for name, low, high in (
-        *(("steps", 1, 10**6), ("levels", 1, 10**6), ("batch", 1, 10**6)),
-        *(("move", 0, 16), ("cutout", 0, 32)),
-        *((f"{stage}_epochs", 0, 10**6) for stage in cqsnn.ACTIVATIONS),
-    ):
-        cqsnn.check_range(f"--{name.replace('_', '-')}", getattr(recipe, name), low, high)
+    for name, (low, high) in ENDS.items():
+        if not low <= (value := getattr(recipe, name)) <= high:
+            raise ValueError(f"--{name.replace('_', '-')}: {value}, expected {low} to {high}")
     if recipe.shift not in (0, 0.5):
         raise ValueError(f"--shift: {recipe.shift}, expected 0 or 0.5")
     for name in ("smoothing", "dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"--{name}: {getattr(recipe, name)}, expected 0 to below 1")
-    for name, high in (("turn", 180), ("noise", 1), ("most-weight", 1000)):
-        value = getattr(recipe, name.replace("-", "_"))
-        if not 0 <= value <= high:
-            raise ValueError(f"--{name}: {value}, expected 0 to {high}")
     if not 0 < recipe.lr < float("inf"):
         raise ValueError(f"--lr: {recipe.lr}, expected more than 0")
     if not recipe.stages and args.init is None:
@@ -177,7 +174,6 @@ def chosen_recipe(args):
 
 def check_arguments(args, steps):
     """Raise ValueError for what the recipe does not hold; choose the schedules if need be."""
-    cqsnn.check_choice("--device", args.device, ("auto", "cpu", "gpu"))
     args.weight_bits = args.weight_bits or [8]
     for bits in args.weight_bits:
         cqsnn.check_range("--weight-bits", bits, 2, 16)
@@ -332,10 +328,9 @@ class Bar(tqdm):
 
     def __init__(self, total, label, unit=" images"):
         self.plain = not sys.stdout.isatty()
-        how = {"mininterval": 30, "miniters": 1} if self.plain else {}
-        super().__init__(
-            *(None, label, total), leave=False, file=sys.stdout, unit=unit, unit_scale=True, **how
-        )
+        how = {"leave": False, "file": sys.stdout, "unit": unit, "unit_scale": True}
+        how |= {"mininterval": 30, "miniters": 1} if self.plain else {}
+        super().__init__(None, label, total, **how)
 
     def display(self, msg=None, pos=None):
         """Show how far it is, its rate and the time left."""
@@ -409,11 +404,8 @@ def train(args, recipe, net, folder, data, xp):
             cqsnn.save_model(folder / "model.npz", params, state, meta)
             write_json(folder / "log.jsonl", *meta["log"])
         args.begun = True
-        print(
-            f"epoch {epoch + 1:3}/{epochs}  {activation:8}  loss {loss:6.4f}  train {right:.4f}  "
-            f"test {tested:.4f}  {len(images) / seconds:6.0f} images/s",
-            flush=True,
-        )
+        text = f"epoch {epoch + 1:3}/{epochs}  {activation:8}  loss {loss:6.4f}  train {right:.4f}"
+        print(f"{text}  test {tested:.4f}  {len(images) / seconds:6.0f} images/s", flush=True)
     if not meta.get("finished"):
         rng, meta["finished"] = np.random.default_rng([args.seed, epochs]), True
         cqsnn.take_statistics(net, params, images, recipe, rng, **args.how)
@@ -440,8 +432,10 @@ def simulate(args, snn, test, brief=False):
     figures = {name: {s: row[name] for s, row in rows.items()} for name in rows[schedules[0]]}
     seconds = {"simulate": figures.pop("seconds")}
     found = {"integer_accuracy": exact, "snn_accuracy": figures.pop("accuracy")} | figures
-    found["macs_per_image"] = sum(macs)
-    found["input_macs_per_image"] = macs[0] if snn.encoding == "direct" else 0
+    first = macs[0] if snn.encoding == "direct" else 0
+    found |= {"macs_per_image": sum(macs), "input_macs_per_image": first}
+    spent = {"cnn": (0, sum(macs))} | {s: (n, first) for s, n in found["synops_per_image"].items()}
+    found["energy_model_nj"] = {s: (PJ_ADD * a + PJ_MAC * m) / 1000 for s, (a, m) in spent.items()}
     return found | {"images": len(test[0]), "seconds": seconds}
 
 
@@ -461,25 +455,20 @@ def print_result(name, snn, report):
     head = f"{'schedule':12} {'accuracy':>8} {'steps to answer':>16} {'wrong counts':>15} "
     print(head + f"{'spikes/neuron':>14} {'SynOps/image':>13}")
     for name, accuracy in report["snn_accuracy"].items():
-        wrong = report["wrong_counts"][name]
+        names = "wrong_counts", "steps_to_answer", "spikes_per_neuron", "synops_per_image"
+        wrong, steps, spikes, synops = (report[figure][name] for figure in names)
         span = f"{min(wrong):.1%} to {max(wrong):.1%}" if max(wrong, default=0) else "none"
-        print(
-            f"{schedule_label(name):12} {accuracy:8.4f} "
-            f"{report['steps_to_answer'][name]:16} {span:>15} "
-            f"{report['spikes_per_neuron'][name]:14.2f} {report['synops_per_image'][name]:13,.0f}"
-        )
+        row = f"{schedule_label(name):12} {accuracy:8.4f} {steps:16} {span:>15} "
+        print(row + f"{spikes:14.2f} {synops:13,.0f}")
 
 
 def print_widths(report):
     """Print how accuracy falls with the bits of a weight, without any retraining."""
-    both = list(report["bits"][-1]["snn_accuracy"])
+    both, cq = list(report["bits"][-1]["snn_accuracy"]), report["cq_accuracy"]
     print(f"\nbits  float CQ network  integer CNN  {'  '.join(f'{s:>12}' for s in both)}")
     for row in report["bits"]:
         values = "  ".join(f"{row['snn_accuracy'][s]:12.4f}" for s in both)
-        print(
-            f"{row['weight_bits']:4}  {report['cq_accuracy']:16.4f}  "
-            f"{row['integer_accuracy']:11.4f}  {values}"
-        )
+        print(f"{row['weight_bits']:4}  {cq:16.4f}  {row['integer_accuracy']:11.4f}  {values}")
 
 
 # Pictures: colours and line styles that do not need colour vision (Okabe and Ito) ----------------
@@ -595,10 +584,8 @@ def draw_rates(pyplot, snn, reference, run):
     shown = list(enumerate(zip(reference.counts, run.counts)))
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
-    size = (2.2 * columns + 1, 2.2 * rows + 0.6)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
+    how = {"figsize": (2.2 * columns + 1, 2.2 * rows + 0.6), "layout": "constrained"}
+    figure, grid = pyplot.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, **how)
     bins = (np.arange(min(snn.steps, 64) + 2) - 0.5) / min(snn.steps, 64)
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
@@ -825,11 +812,9 @@ def train_and_convert(args):
         wrong = f"--resume: {folder / 'model.npz'}: no such file"
         raise ValueError(f"{wrong}, expected a run to go on with")
     stages = ", ".join(f"{n} epochs {name}" for name, n in recipe.stages) or "no training"
-    print(
-        f"{args.dataset}: {len(data[0][0]):,} images to train, {len(data[1][0]):,} to test; "
-        f"network {recipe.net}; {stages}; T = {recipe.steps}; {folder}",
-        flush=True,
-    )
+    images = f"{len(data[0][0]):,} images to train, {len(data[1][0]):,} to test"
+    how = f"network {recipe.net}; {stages}; T = {recipe.steps}; {folder}"
+    print(f"{args.dataset}: {images}; {how}", flush=True)
     if args.ranks.size > 1:
         print(f"{args.ranks.size} ranks, processes", *args.ranks.gather([os.getpid()]), flush=True)
     with locked(folder) if args.ranks.rank == 0 else contextlib.nullcontext():
@@ -840,20 +825,17 @@ def train_and_convert(args):
 def print_certificate(snn, schedule):
     """Print what `certify` proves of a network under a schedule."""
     print(f"\n{schedule_label(schedule)}, {network_label(snn, snn.levels)}, for every image:")
-    print(
-        f"{'layer':14} {'current in a step':>22} {'potential':>24} {'bits':>4} {'sums':>8} "
-        f"{'own error':>12} {'error in all':>22}"
-    )
+    head = f"{'layer':14} {'current in a step':>22} {'potential':>24} {'bits':>4} {'sums':>8} "
+    print(head + f"{'own error':>12} {'error in all':>22}")
     rows = cqsnn.certify(snn, schedule)
     for i, (layer, row) in enumerate(zip(snn.layers, rows)):
         errors = [f"+{row.early} -{row.late}", f"+{row.early_in_all:,} -{row.late_in_all:,}"]
         if layer.fires:
             errors = ["exact" if error == "+0 -0" else error for error in errors]
-        print(
-            f"{f'{i} {layer.kind}':14} {'{:,} to {:,}'.format(*row.current):>22} "
-            f"{'{:,} to {:,}'.format(*row.potential):>24} {row.bits:4} {row.carrier.__name__:>8} "
-            f"{errors[0] if layer.fires else 'logits':>12} {errors[1]:>22}"
-        )
+        current, potential = ("{:,} to {:,}".format(*ends) for ends in (row.current, row.potential))
+        text = f"{f'{i} {layer.kind}':14} {current:>22} {potential:>24} {row.bits:4} "
+        own = errors[0] if layer.fires else "logits"
+        print(text + f"{row.carrier.__name__:>8} {own:>12} {errors[1]:>22}")
     if cqsnn.delay_of(schedule, snn.steps) >= snn.steps - 1:
         print("Exact: every comparison with theta sees the whole charge (README, certificate).")
 
@@ -863,10 +845,8 @@ def print_divergences(snn, rows, images):
     print(f"{'layer':14} {'wrong counts':>12} {'spikes too many':>16} {'too few':>10} {'ties':>10}")
     for i, (layer, (wrong, early, late, ties)) in enumerate(zip(snn.layers, rows)):
         neurons = math.prod(snn.shapes[i + 1])
-        print(
-            f"{f'{i} {layer.kind}':14} {wrong / neurons / images:12.2%} {early / images:16,.1f} "
-            f"{late / images:10,.1f} {ties / images:10,.1f}"
-        )
+        text = f"{f'{i} {layer.kind}':14} {wrong / neurons / images:12.2%} {early / images:16,.1f} "
+        print(text + f"{late / images:10,.1f} {ties / images:10,.1f}")
 
 
 def divergence_sums(rows):
@@ -892,10 +872,8 @@ def explain_all(args, snn, test, schedule):
             astray = np.array([cqsnn.to_host(row.first_step) > 0 for row in rows] + [[1] * len(k0)])
             began += np.bincount(astray.argmax(0), minlength=len(snn.layers))
             progress.update(len(k0))
-    print(
-        f"\n{schedule_label(schedule)}, T = {snn.steps}: {disagree:,} of {len(images):,} images "
-        "are classified otherwise than by the integer CNN; means of an image:"
-    )
+    text = f"{schedule_label(schedule)}, T = {snn.steps}: {disagree:,} of {len(images):,} images"
+    print(f"\n{text} are classified otherwise than by the integer CNN; means of an image:")
     print_divergences(snn, total, len(images))
     first = ", ".join(f"{n:,} in layer {i}" for i, n in enumerate(began[:-1]) if n)
     print(f"first astray: {first or 'nowhere'}; {began[-1]:,} images in no layer")
@@ -917,10 +895,9 @@ def explain_image(args, snn, test, schedule, index):
         place = tuple(int(n) for n in np.unravel_index(neuron, snn.shapes[i + 1]))
         needed = int(reference.counts[i][0].reshape(-1)[neuron])
         fired = int(run.spikes[i][:step, 0].reshape(step, -1)[:, neuron].sum())
-        print(
-            f"first astray: layer {i} ({snn.layers[i].kind}), neuron {place}, at its step {step}: "
-            f"{fired} spikes so far, where the integer CNN counts {needed} in {snn.steps} steps"
-        )
+        where = f"layer {i} ({snn.layers[i].kind}), neuron {place}, at its step {step}"
+        counts = f"where the integer CNN counts {needed} in {snn.steps} steps"
+        print(f"first astray: {where}: {fired} spikes so far, {counts}")
     second = int(cqsnn.to_host(reference.logits[0]).argsort()[-2])
     names = list(dict.fromkeys((truth, exact, ours, second)))
     print("logits after step " + "".join(f"{f'class {name}':>14}" for name in names))
@@ -950,7 +927,6 @@ def simulate_file(args):
         snn = cqsnn.encoded(snn, args.encoding)
     if args.steps or args.levels:
         snn = cqsnn.at_steps(snn, args.steps or snn.steps, args.levels)
-    cqsnn.check_choice("--dataset", args.dataset, RECIPES)
     check_arguments(args, snn.steps)
     snn = snn if args.head_start is None else cqsnn.head_start(snn, *args.head_start)
     if args.certify:

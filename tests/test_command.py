@@ -387,6 +387,7 @@ REPORT = {
     *("steps", "weight_bits", "clamp_accuracy", "cq_accuracy", "integer_accuracy"),
     *("snn_accuracy", "curve", "wrong_counts", "moved_levels", "scales", "spikes_per_neuron"),
     *("synops_per_image", "steps_to_answer", "macs_per_image", "input_macs_per_image"),
+    "energy_model_nj",
     *("images", "seconds", "neurobench"),
 }
 SCHEDULES = ["streaming", "1", "2", "4", "synchronous"]
@@ -490,6 +491,12 @@ def test_several_widths_give_a_row_each_of_a_network_in_words(tmp_path):
     assert report["encoding"] == "direct" and 0 <= report["relu_accuracy"] <= 1
     assert report["net"] == "4C3-A-8C4s2-G-FC"
     assert report["input_macs_per_image"] == 22 * 22 * 4  # one channel, 3x3, borders respected
+    for row in report["bits"]:
+        synops, energy = row["synops_per_image"], row["energy_model_nj"]
+        assert list(energy) == ["cnn", *synops]
+        assert energy["cnn"] == pytest.approx(0.0046 * report["macs_per_image"])
+        for name, adds in synops.items():
+            assert energy[name] == pytest.approx(0.0009 * adds + 0.0046 * 22 * 22 * 4)
     with np.load(tmp_path / "run" / "snn.npz") as file:
         network = json.loads(str(file["network"]))
         assert network["weight_bits"] == 4

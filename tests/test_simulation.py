@@ -476,6 +476,14 @@ def test_outsize_weights_warn_and_weights_that_do_not_fit_are_refused(channels, 
         cqsnn.convert(net, params, (9, 8, 2), 8)
 
 
+@pytest.mark.parametrize("how", [{"batch": -1}, {"chunk": 0}, {"chunk": 1.5}], ids=str)
+def test_a_batch_or_chunk_of_none_is_refused(how):
+    snn = cqsnn.load_snn(Path(__file__).parent.parent / "benchmarks/results/digits/snn.npz")
+    k0 = np.zeros((2, *snn.input_shape), np.uint8)
+    with pytest.raises(ValueError, match=f"{next(iter(how))}: .*, expected"):
+        cqsnn.simulate(snn, k0, **how)
+
+
 @pytest.mark.parametrize("shape", [(9, 8, 3), (16, 16, 2)])
 def test_parameters_of_another_input_are_not_converted(shape):
     net, params = random_cnn("4C3-FC", (9, 8, 2), 0)
