@@ -119,8 +119,8 @@ def integer_network(snn, k0):
 def _layer(draw, kind, inputs, fires, outputs=None):
     """One random layer for `inputs` channels (or flat inputs of a dense layer)."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    size = 1 if kind == "dense" else draw(st.integers(1, 3))
-    stride = {"dense": 1, "pool": size}.get(kind) or draw(st.integers(1, 2))
+    size = 1 if kind == "dense" else draw(st.sampled_from([3, 2, 4, 1]))
+    stride = {"dense": 1, "pool": size}.get(kind) or draw(st.sampled_from([1, 2, 3]))
     pad = draw(st.integers(0, size - 1)) if kind in ("conv", "depthwise") else 0
     outputs = outputs or (draw(st.sampled_from([3, 2, 1])) if kind in ("conv", "dense") else inputs)
     shape = {
@@ -137,6 +137,8 @@ def _layer(draw, kind, inputs, fires, outputs=None):
     theta = rng.integers(1, 1 + most, channels, dtype=np.int32)
     theta = np.asarray(size**2 if kind == "pool" else theta, np.int32)
     v0 = np.asarray(draw(st.sampled_from([0, 0.5])) * theta, np.int32)
+    if kind != "pool" and draw(st.integers(0, 3)) == 0:  # as a head start leaves it, or a wait
+        v0 = rng.integers(-2 * most, 2 * most + 1, outputs, dtype=np.int32)
     return cqsnn.SpikingLayer(kind, size, stride, pad, fires, w, b, theta, v0)
 
 

@@ -96,6 +96,24 @@ def test_certificate_holds_for_whole_networks(data):
         assert low < -(2 ** (row.bits - 2)) or high >= 2 ** (row.bits - 2) or row.bits == 1
 
 
+@given(st.data())
+def test_certified_currents_are_reached_and_carriers_are_no_wider_than_needed(data):
+    snn = data.draw(oracle.networks())
+    for i, (layer, row) in enumerate(zip(snn.layers, cqsnn.certify(snn), strict=True)):
+        shape, largest, ends = snn.shapes[i], snn.largest_input(i), []
+        for sign in (-1, 1):
+            total = np.zeros(oracle.output_shape(layer, shape), object)
+            for _, out, w in oracle.weights_met(layer, shape):
+                total[out] += w * (w * sign > 0) * largest
+            ends.append(total + (0 if layer.b is None else layer.b))
+        assert row.current == (ends[0].min(), ends[1].max())
+        needed = max(abs(end).max() for end in ends)
+        assert row.carrier is np.float64 or needed < 2**24
+        # the bound of all that is summed, biases apart, whatever their signs
+        wide = cqsnn.largest_sum(layer, largest, 1) >= 2**24
+        assert row.carrier is (np.float64 if wide else np.float32)
+
+
 @given(st.data(), st.integers(0, 1))
 def test_delays_that_see_the_whole_charge_are_certified_exact(data, less):
     snn = data.draw(oracle.networks())

@@ -473,6 +473,59 @@ def test_report_holds_the_neurobench_block_of_each_schedule(quick):
         assert 0 < operations["Effective_ACs"] < report["synops_per_image"][name]
 
 
+def test_the_printed_table_is_the_report(quick, tmp_path):
+    how = ("--simulate", quick / "run" / "snn.npz", "--schedule", "streaming", "2", "--out", "o")
+    done = train_cq(tmp_path, *SMALL, *how)
+    assert_works(done)
+    report = report_of(tmp_path / "o")
+    rows = [line.replace("delay ", "").split() for line in done.stdout.splitlines()]
+    rows = {row[0]: row[1:] for row in rows if row and row[0] in report["snn_accuracy"]}
+    for name, steps in (("streaming", 8), ("2", 8 + 2 * FIRING)):
+        wrong = report["wrong_counts"][name]
+        assert rows[name] == [
+            *(f"{report['snn_accuracy'][name]:.4f}", str(steps)),
+            *(f"{min(wrong):.1%}", "to", f"{max(wrong):.1%}"),
+            f"{report['spikes_per_neuron'][name]:.2f}",
+            f"{report['synops_per_image'][name]:,.0f}",
+        ]
+
+
+def test_accuracy_over_time_is_drawn_from_the_step_at_which_the_last_layer_begins(quick, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    report = report_of(quick / "run")
+    figure = train_cq_module.draw_curve(pyplot, report)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    for label, name, first in (("streaming", "streaming", 1), ("delay 2", "2", 1 + 2 * FIRING)):
+        assert lines[label].get_xdata().tolist() == list(range(first, first + 8))
+        assert lines[label].get_ydata().tolist() == report["curve"][name]
+    pyplot.close(figure)
+
+
+def test_stages_begin_with_a_fresh_optimiser_and_count_their_work(tmp_path):
+    how = [*SMALL, "--clamp-epochs", "3", "--quantize-epochs", "1", "--batch", "30"]
+    other = ["--head-start", "0.5", "0.25", "--schedule", "streaming", "--net", "4C3-A-FC"]
+    assert_works(train_cq(tmp_path, *how, *other, "--out", "run"))
+    _, state, meta = cqsnn.load_model(tmp_path / "run" / "model.npz")
+    assert state["step"] == 4  # of the last stage: 100 images in batches of 30
+    report = report_of(tmp_path / "run")
+    assert report["clamp_accuracy"] == meta["log"][2]["test_accuracy"]
+    # forward once, backward twice; an addition and a product each
+    assert report["pflop"] == pytest.approx(6 * report["macs_per_image"] * 100 * 4 / 1e15)
+    assert report["head_start"] == [0.5, 0.25]
+    assert report["other_encoding"]["encoding"] == "direct"
+    assert report["other_encoding"]["head_start"] == [0, 0]
+
+
+def test_whitening_starts_the_first_layer(tmp_path):
+    how = [*QUICK, "--net", "9C3-FC", "--schedule", "synchronous", "--lr", "1e-9"]
+    opposite = []  # an eigenvector and its negative, four of them in nine channels
+    for option in ("--whiten", "--no-whiten"):
+        assert_works(train_cq(tmp_path, *how, option, "--out", option.strip("-")))
+        w = cqsnn.load_model(tmp_path / option.strip("-") / "model.npz")[0]["0.w"]
+        opposite.append(bool(abs(w[..., :4] + w[..., 4:8]).max() < 1e-6))  # beyond four tiny steps
+    assert opposite == [True, False]
+
+
 def test_several_widths_give_a_row_each_of_a_network_in_words(tmp_path):
     wide = ["--weight-bits", "4", "3", "16", "--schedule", "synchronous", "3", "--out", "run"]
     more = ["--net", "4C3-A-8C4s2-G-FC", "--relu-epochs", "1", "--encoding", "direct"]
@@ -786,15 +839,29 @@ def test_certificate_explanation_and_digest_of_a_file(quick, tmp_path):
     assert "image 3, label" in done.stdout and "logits after step" in done.stdout
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "out" / "explain-3-1.png").exists()
+    snn = cqsnn.load_snn(quick / "run" / "snn.npz")
+    images = cqsnn.load_dataset("digits", ROOT / "data")[1][0][:9]
+    k0 = cqsnn.predicted(snn, images)
+    run, exact = cqsnn.simulate(snn, k0, 1, record=True), cqsnn.integer_forward(snn, k0)
+    words = (
+        r"layer (\d) .* neuron \((.*)\), at its step (\d): (\d) spikes .* counts (\d) in 8 steps"
+    )
+    i, place, step, fired, needed = re.search(words, done.stdout).groups()
+    neuron, fired, needed, step = 3, *map(int, (fired, needed, step))
+    at = tuple(map(int, place.split(",")))
+    assert needed == exact.counts[int(i)][(neuron, *at)]
+    assert fired == run.spikes[int(i)][(slice(step), neuron, *at)].sum()
+    assert fired > needed or fired + snn.steps - step < needed  # too many, or too few are left
+
+    done = train_cq(tmp_path, *how, "--explain", "--schedule", "1")
+    otherwise = (run.logits.argmax(1) != exact.logits.argmax(1)).sum()
+    assert f"{otherwise} of 9 images are classified otherwise" in done.stdout
     assert_refused(train_cq(tmp_path, *how, "--explain", "9"), "--explain", "9", "0 to 8")
     assert_refused(train_cq(tmp_path, *how, "--explain", "x"), "--explain", "'x'")
 
     done = train_cq(tmp_path, *how, "--digest", "--schedule", "streaming", "2")
     assert_works(done)
-    snn = cqsnn.load_snn(quick / "run" / "snn.npz")
-    images = cqsnn.load_dataset("digits", ROOT / "data")[1][0][:9]
     digests = [line.split()[-1] for line in done.stdout.splitlines()]
-    k0 = cqsnn.predicted(snn, images)
     assert digests == [cqsnn.spike_digest(snn, k0, s) for s in ("streaming", "2")]
 
 

@@ -305,7 +305,7 @@ def simple_network(seed, kinds=("conv", "pool", "dense")):
             w = rng.integers(-9, 12, (int(np.prod(shape)), outputs), dtype=np.int32)
         if w is not None:
             b = rng.integers(-3, 6, outputs, dtype=np.int32)
-        theta = np.int32(4 if kind == "pool" else 11)
+        theta = np.int32(4) if kind == "pool" else rng.integers(8, 15, outputs, dtype=np.int32)
         form = (kind if kind != "last" else "dense", size, stride, pad, kind != "last")
         layers.append(cqsnn.SpikingLayer(*form, w, b, theta, np.int32(0)))
         shape = oracle.output_shape(layers[-1], shape)

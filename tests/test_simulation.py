@@ -27,6 +27,16 @@ def test_law_3_encoder_emits_floor_of_pixel_times_steps_evenly_spread(steps):
     assert (spikes.sum(0) == k0).all()
 
 
+def test_law_3_at_the_most_steps_of_the_command_line():
+    """k0 t passes 2**31 on the way."""
+    steps = 10**6
+    k0 = np.array([steps, steps // 2, 1], np.int32).reshape(1, 1, 1, 3)
+    source = cqsnn.Source(k0, steps, "spikes")
+    expected = [int(k) * (steps - 1) // steps for k in k0.ravel()]
+    assert source.counts(steps - 1).ravel().tolist() == expected
+    assert source.counts(1).ravel().tolist() == [1, 1, 1]
+
+
 @given(st.integers(1, 40), st.data(), st.sampled_from(["spikes", "direct"]))
 def test_source_counts_are_the_sum_of_its_spikes(steps, data, encoding):
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
@@ -143,6 +153,18 @@ def test_law_8_every_schedule_equals_a_loop_over_single_neurons(data):
             assert (count[image] == theirs.sum(0)).all()
         assert (run.logits_over_time[:, image] == logits).all()
         assert (run.logits[image] == logits[-1]).all()
+
+
+@pytest.mark.parametrize("schedule", [0, 7, 20])
+def test_law_8_potentials_beyond_32_bits_of_currents_within(schedule):
+    ends = np.zeros(1, np.int32), np.int32(1), np.int32(0)
+    w = np.full((8, 1), -(2**24), np.int32)
+    first = cqsnn.SpikingLayer("dense", 1, 1, 0, True, w, *ends)
+    last = replace(first, fires=False, w=np.ones((1, 1), np.int32))
+    snn = cqsnn.SpikingNetwork(20, (1, 8, 1), 1, 16, 1, "spikes", (first, last))
+    run = cqsnn.simulate(snn, np.full((1, 1, 8, 1), 20), schedule, record=True)
+    assert run.potentials[0].tolist() == [[-20 * 8 * 2**24]]
+    assert run.logits.tolist() == [[0]]
 
 
 def test_streaming_and_synchronous_are_delays_0_and_t():
@@ -310,6 +332,22 @@ def test_law_11_the_input_that_reaches_the_bound_is_exact(weight):
     assert run.counts[0].tolist() == [[steps, 0]]
 
 
+@pytest.mark.parametrize("largest", [1, 4])
+def test_law_11_winograds_sums_are_left_where_float32_does_not_hold_them(largest):
+    rng = np.random.default_rng(0)
+    w = rng.integers(2**20, 2**21, (3, 3, 2, 3), dtype=np.int32)
+    ends = np.int32(2**21), np.int32(0)
+    conv = cqsnn.SpikingLayer("conv", 3, 1, 1, True, w, np.zeros(3, np.int32), *ends)
+    w, b = np.ones((108, 2), np.int32), np.zeros(2, np.int32)
+    last = cqsnn.SpikingLayer("dense", 1, 1, 0, False, w, b, *ends)
+    snn = cqsnn.SpikingNetwork(4, (6, 6, 2), 2, 16, 1, "spikes", (conv, last))
+    x = rng.integers(0, largest + 1, (3, 6, 6, 2))
+    with winograd_at_any_size(True):
+        found = cqsnn.Sums(snn, 0, np, largest, 1, 3)(x, 1)
+    for a, b in zip(found, x, strict=True):
+        assert a.tolist() == oracle.currents(conv, b).tolist()
+
+
 @given(st.data())
 def test_law_12_synops_equal_a_walk_over_every_spikes_weights(data):
     snn = data.draw(oracle.networks())
@@ -328,6 +366,15 @@ def test_law_12_synops_equal_a_walk_over_every_spikes_weights(data):
         macs.append(0 if layer.kind == "pool" else connections)
         shape = oracle.output_shape(layer, shape)
     assert cqsnn.macs(snn) == macs
+
+
+def test_law_12_operations_beyond_float32():
+    w, b = np.ones((3, 1), np.int32), np.zeros(1, np.int32)
+    last = cqsnn.SpikingLayer("dense", 1, 1, 0, False, w, b, np.int32(1), np.int32(0))
+    snn = cqsnn.SpikingNetwork(2**24, (1, 1, 3), 1, 8, 1, "spikes", (last,))
+    k0 = np.array([2**24, 1, 2]).reshape(1, 1, 1, 3)
+    assert cqsnn.effective_operations(snn, k0, []) == (0, 2**24 + 3)
+    assert cqsnn.synaptic_operations(snn, k0, []).tolist() == [2**24 + 3]
 
 
 def test_law_12_identity_image_into_a_small_convolution_is_30_synops():
@@ -450,6 +497,27 @@ def test_converted_layers_follow_their_formulas(words, bits, shift, encoding, se
     assert (exact.logits == run.logits).all()
 
 
+def test_channel_scales_follow_their_formulas():
+    rng, net = np.random.default_rng(0), cqsnn.network("4C3-A-5C3-FC")
+    params = cqsnn.init_params(net, (8, 8, 2), 3, rng)
+    for i in (0, 2):
+        gamma, beta = params[f"{i}.gamma"], params[f"{i}.beta"]
+        beta += rng.normal(0, 0.3, beta.shape).astype(np.float32)
+        gamma *= np.linspace(0.1, 1, len(gamma), dtype=np.float32)
+        gamma[1], params[f"{i}.w"][..., 2] = 1e-8, 0  # far below 1/256; all zero
+    snn = cqsnn.convert(net, params, (8, 8, 2), 8, 8, 0.5, channel_scales=True)
+    folded, f = cqsnn.fold(net, params, (8, 8, 2)), snn.unit
+    for i in (0, 2):
+        (w, b), layer = folded[i], snn.layers[i]
+        peak = abs(w).max((0, 1, 2))
+        s = np.floor(127 / np.where(peak > 0, np.maximum(peak, 1 / 256), 1))
+        assert len(set(s)) > 2
+        assert (layer.theta == s * f).all()
+        assert (layer.v0 == np.rint(s * f / 2)).all()
+        assert (layer.w == f * np.rint(w * s)).all()
+        assert (layer.b == np.rint(b * s * f)).all()
+
+
 def test_weights_do_not_depend_on_steps_and_shift_only_moves_v0():
     net, params = random_cnn(WORDS[0], (9, 8, 2), 0)
     one, other = (cqsnn.convert(net, params, (9, 8, 2), t, shift=h) for t, h in ((4, 0), (99, 0.5)))
@@ -478,7 +546,8 @@ def test_outsize_weights_warn_and_weights_that_do_not_fit_are_refused(channels, 
 
 @pytest.mark.parametrize("how", [{"batch": -1}, {"chunk": 0}, {"chunk": 1.5}], ids=str)
 def test_a_batch_or_chunk_of_none_is_refused(how):
-    snn = cqsnn.load_snn(Path(__file__).parent.parent / "benchmarks/results/digits/snn.npz")
+    net, params = random_cnn("4C3-FC", (9, 8, 2), 0)
+    snn = cqsnn.convert(net, params, (9, 8, 2), 8)
     k0 = np.zeros((2, *snn.input_shape), np.uint8)
     with pytest.raises(ValueError, match=f"{next(iter(how))}: .*, expected"):
         cqsnn.simulate(snn, k0, **how)
@@ -646,6 +715,55 @@ def test_a_pooling_of_pixels_moves_no_level(words, steps, shift, encoding):
     pixels = rng.integers(0, 256, (200, 8, 8, 3), dtype=np.uint8)
     moved = cqsnn.moved_levels(net, params, snn, pixels, recipe)
     assert moved[: words.count("A")] == [0] * words.count("A")
+
+
+def test_moved_levels_are_counted_by_hand():
+    rng, net = np.random.default_rng(0), cqsnn.network("3C3-A-4C3s2-FC")
+    params = cqsnn.init_params(net, (9, 8, 2), 4, rng)
+    for i in (0, 2):
+        params[f"{i}.beta"] += np.float32(0.5)
+    pixels = rng.integers(0, 256, (20, 9, 8, 2), dtype=np.uint8)
+    snn = cqsnn.convert(net, params, (9, 8, 2), 8, 3)
+    x = cqsnn.network_input(pixels, 8, "spikes")
+    _, tape = cqsnn.forward(net, params, x, "quantize", 8)
+    exact = [oracle.integer_network(snn, k)[0] for k in cqsnn.encode(pixels, 8)]
+    recipe = cqsnn.Recipe("digits", steps=8, levels=8)
+    found = cqsnn.moved_levels(net, params, snn, pixels, recipe, batch=7)
+    for i, share in enumerate(found):
+        levels = np.concatenate(tape[i + 1].inputs)
+        counts = np.array([e[i] for e in exact], int).reshape(levels.shape)
+        assert share == (levels != counts).mean()
+        assert i == 1 or (levels > counts).any()
+
+
+@given(st.data())
+def test_evaluate_is_a_count_by_hand(data):
+    snn = data.draw(oracle.networks())
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    images = rng.integers(0, 256, (3, *snn.input_shape), dtype=np.uint8)
+    labels, d = rng.integers(3, size=3), data.draw(st.integers(0, snn.steps))
+    exact, rows = cqsnn.evaluate(snn, images, labels, [d], batch=2)
+    wrong, answered = np.zeros(len(snn.layers) - 1), np.zeros(snn.steps)
+    right = fired = synops = 0
+    for k0, label in zip(cqsnn.predicted(snn, images), labels, strict=True):
+        counts, logits = oracle.integer_network(snn, k0)
+        spikes, over_time = oracle.spiking_network(snn, k0, d)
+        spiked = [np.sum(steps, 0) for steps in spikes]
+        right += logits.astype(float).argmax() == label
+        answered += np.array(over_time, float).argmax(1) == label
+        wrong += [(a != b).mean() for a, b in zip(spiked, counts, strict=True)]
+        fired += sum(map(np.sum, spiked))
+        for i, (layer, x) in enumerate(zip(snn.layers, [k0, *spiked], strict=True)):
+            if i or snn.encoding == "spikes":
+                synops += sum(int(x[index]) for index, _, _ in oracle.weights_met(layer, x.shape))
+    row, neurons = rows[d], sum(int(np.prod(shape)) for shape in snn.shapes[1:-1])
+    assert exact == right / 3
+    assert row["curve"] == (answered / 3).tolist()
+    assert row["accuracy"] == answered[-1] / 3
+    # quotients are rounded, in another order
+    np.testing.assert_allclose(row["wrong_counts"], wrong / 3, rtol=1e-12)
+    assert row["spikes_per_neuron"] == pytest.approx(fired / max(3 * neurons, 1), rel=1e-12)
+    assert row["synops_per_image"] == pytest.approx(synops / 3, rel=1e-12)
 
 
 def test_a_schedule_named_twice_is_simulated_once():
@@ -886,8 +1004,9 @@ def test_encode_takes_bytes_alone_and_some_steps():
 
 
 def test_networks_that_laws_are_tried_on_have_wrong_counts_and_large_numbers():
-    """Streaming that is not exact, of either encoding; sums beyond float32, potentials beyond
-    int32: without them the laws would say little."""
+    """Streaming that is not exact, of either encoding; sums beyond float32, potentials that may
+    pass int32; neurons that wait, and start above their threshold; convolutions that Winograd's
+    algorithm can take: without them the laws would say little."""
     seen = collections.Counter()
 
     @settings(max_examples=200, derandomize=True, database=None)
@@ -901,6 +1020,12 @@ def test_networks_that_laws_are_tried_on_have_wrong_counts_and_large_numbers():
             bound = cqsnn.largest_sum(layer, snn.largest_input(i), 1)
             seen["float64"] += cqsnn.exact_dtype(bound) is np.float64
             seen["int64"] += cqsnn.integer_dtype(snn.steps * bound) is np.int64
+            seen["waits"] += layer.v0.min() < 0
+            seen["starts above"] += (layer.v0 > layer.theta).any()
+            seen["4x4"] += layer.size == 4 and layer.kind != "pool"
+            with winograd_at_any_size(True):
+                seen["tiles"] += cqsnn.tile_size(layer, layer.w, (1, *snn.shapes[i])) > 0
 
     draw()
-    assert min(seen[name] for name in ("spikes", "direct", "float64", "int64")) >= 3, seen
+    every = "spikes", "direct", "float64", "int64", "waits", "starts above", "4x4", "tiles"
+    assert min(seen[name] for name in every) >= 3, seen

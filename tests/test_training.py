@@ -138,6 +138,20 @@ def test_a_quarter_turn_is_numpys_and_no_turn_changes_nothing(monkeypatch):
         assert abs(result - np.rot90(image, -quarters)).max() < 1e-4  # float32 weights
 
 
+def test_a_turned_image_is_shifted_and_mirrored_too():
+    rng = np.random.default_rng(0)
+    images, mirrored = (
+        rng.integers(0, 256, (9, 7, 6, 2), dtype=np.uint8),
+        rng.integers(2, size=9) > 0,
+    )
+    plain, turned = (
+        cqsnn.augment(images, mirrored, 2, np.random.default_rng(1), turn=turn)
+        for turn in (0, 1e-9)
+    )
+    assert (plain == turned).all()
+    assert (plain != images).any()
+
+
 def test_small_turns_stay_within_their_degrees_and_turn_both_ways():
     rows, columns = np.indices((33, 33)) - 16
     wedge = (255 * (abs(rows) <= 1) * (columns > 0)).astype(np.uint8)  # points right
