@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import nir
 import numpy as np
@@ -16,6 +17,7 @@ from test_files import assert_one_line, scratch_folder
 from test_project import ROOT
 
 import cqsnn
+import train_cq as train_cq_module
 
 # Weights in ---------------------------------------------------------------------------------------
 
@@ -287,6 +289,18 @@ def test_init_starts_from_the_weights_of_a_file(tmp_path):
     assert_refused(done, "colour.npz", "features.0.weight", "(32, 3, 3, 3)", "(32, 1, 3, 3)")
     done = train_cq(tmp_path, *QUICK, "--init", "none.npz", "--out", "third")
     assert_refused(done, "none.npz", "no such file")
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, capsys):
+    for module in ("nir", "safetensors.numpy"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    digits = str(ROOT / "benchmarks" / "results" / "digits" / "snn.npz")
+    command = ["--simulate", digits, "--export-nir", str(tmp_path / "out.nir")]
+    assert train_cq_module.main(command) == 2
+    assert capsys.readouterr().err == "train_cq: --export-nir: the package nir is not installed\n"
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"w\.safetensors: reading it needs the package safe"):
+        cqsnn.load_state(tmp_path / "w.safetensors")
 
 
 # NIR out ------------------------------------------------------------------------------------------

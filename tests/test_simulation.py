@@ -704,7 +704,7 @@ def test_moved_levels_are_those_that_differ_between_cq_network_and_integer_cnn()
 
 @pytest.mark.parametrize("encoding", ["spikes", "direct"])
 @pytest.mark.parametrize("shift", [0.0, 0.5])
-@pytest.mark.parametrize("steps", [7, 10, 15, 48, 100])
+@pytest.mark.parametrize("steps", [7, 10, 15, 48, 100, 1000])
 @pytest.mark.parametrize("words", ["A-A-FC", "A-4C3-FC"])
 def test_a_pooling_of_pixels_moves_no_level(words, steps, shift, encoding):
     """Its weights are 1: only the rounding of k / T or p / 255 to floats could move one."""
