@@ -231,17 +231,16 @@ def load_data(args, xp):
     """Return (images, labels) to train and to test on the device, at most --limit of each."""
     if args.download and args.ranks.rank:
         args.ranks.gather([])  # until the first rank has fetched them
-    data_dir = Path(args.data_dir)
     try:
-        parts = cqsnn.load_dataset(args.dataset, data_dir)
+        parts = cqsnn.load_dataset(args.dataset, args.data_dir)
     except FileNotFoundError as error:
         if not args.download:
             hint = ", or --download" if cqsnn.DOWNLOADS[args.dataset] else ""
             raise FileNotFoundError(f"{error}{hint}") from None
         total = sum(size for size, _ in cqsnn.DOWNLOADS[args.dataset].values())
         with Bar(total, f"downloading {args.dataset}", "B") as progress:
-            cqsnn.download(args.dataset, data_dir, progress.update)
-        parts = cqsnn.load_dataset(args.dataset, data_dir)
+            cqsnn.download(args.dataset, args.data_dir, progress.update)
+        parts = cqsnn.load_dataset(args.dataset, args.data_dir)
     if args.download and args.ranks.rank == 0:
         args.ranks.gather([])
     if args.hold_out is not None:
@@ -454,9 +453,9 @@ def print_result(name, snn, report):
     print(f"{cq}integer CNN {report['integer_accuracy']:.4f}")
     head = f"{'schedule':12} {'accuracy':>8} {'steps to answer':>16} {'wrong counts':>15} "
     print(head + f"{'spikes/neuron':>14} {'SynOps/image':>13}")
+    figures = "wrong_counts", "steps_to_answer", "spikes_per_neuron", "synops_per_image"
     for name, accuracy in report["snn_accuracy"].items():
-        names = "wrong_counts", "steps_to_answer", "spikes_per_neuron", "synops_per_image"
-        wrong, steps, spikes, synops = (report[figure][name] for figure in names)
+        wrong, steps, spikes, synops = (report[figure][name] for figure in figures)
         span = f"{min(wrong):.1%} to {max(wrong):.1%}" if max(wrong, default=0) else "none"
         row = f"{schedule_label(name):12} {accuracy:8.4f} {steps:16} {span:>15} "
         print(row + f"{spikes:14.2f} {synops:13,.0f}")

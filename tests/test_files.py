@@ -82,8 +82,8 @@ def random_snn(kinds, per_channel, encoding, rng):
                 *(whole(threshold, low=1), whole(threshold)),
             )
         )
-    steps, bits, power = (int(rng.integers(*ends)) for ends in ((1, 2**31), (2, 17), (0, 5)))
-    return cqsnn.SpikingNetwork(steps, images, outputs, bits, 2**power, encoding, tuple(layers))
+    steps, bits, unit = (int(rng.integers(*ends)) for ends in ((1, 2**31), (2, 17), (1, 17)))
+    return cqsnn.SpikingNetwork(steps, images, outputs, bits, unit, encoding, tuple(layers))
 
 
 kinds_of_layers = st.lists(st.sampled_from(["conv", "depthwise", "pool", "dense"]), max_size=4)

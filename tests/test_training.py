@@ -140,10 +140,8 @@ def test_a_quarter_turn_is_numpys_and_no_turn_changes_nothing(monkeypatch):
 
 def test_a_turned_image_is_shifted_and_mirrored_too():
     rng = np.random.default_rng(0)
-    images, mirrored = (
-        rng.integers(0, 256, (9, 7, 6, 2), dtype=np.uint8),
-        rng.integers(2, size=9) > 0,
-    )
+    images = rng.integers(0, 256, (9, 7, 6, 2), dtype=np.uint8)
+    mirrored = rng.integers(2, size=9) > 0
     plain, turned = (
         cqsnn.augment(images, mirrored, 2, np.random.default_rng(1), turn=turn)
         for turn in (0, 1e-9)

@@ -159,15 +159,8 @@ def fails(tests, old="", new=""):
         if old and source.count(old) != 1:
             raise SystemExit(f"cqsnn.py has {source.count(old)} times, expected once: {old}")
         (copy / "cqsnn.py").write_text(source.replace(old, new))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "--hypothesis-seed=0",
-            *sorted(tests),
-        ]
+        pytest = ["-m", "pytest", "-q", "-x", "--hypothesis-seed=0"]
+        command = [sys.executable, *pytest, *sorted(tests)]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
         if done.returncode not in (0, 1):
             raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
