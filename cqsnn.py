@@ -1624,6 +1624,7 @@ def accuracy(net, params, images, labels, recipe, activation, batch=250, threads
 
 LAYER_ARRAYS = ("w", "b", "theta", "v0")
 ENCODINGS = ("spikes", "direct")
+HALF_WHOLE = 2048  # whole numbers up to this, of either sign, are exact in half precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -1650,9 +1651,15 @@ class SpikingLayer:
         return np.abs(self.w.astype(np.int64)).reshape(-1, self.w.shape[-1]).sum(0)
 
     @functools.cached_property
-    def divisor(self):
-        """The greatest common divisor of all weights, 0 where all are 0."""
-        return int(np.gcd.reduce(self.w, axis=None))
+    def unit(self):
+        """The largest power of two, up to 16, that divides all weights: F, or more."""
+        return math.gcd(int(np.gcd.reduce(self.w, axis=None)), 16)
+
+    @functools.cached_property
+    def halves(self):
+        """w / unit in half precision, for `half_matmul`; None where it is not exact."""
+        exact = self.kind != "depthwise" and abs(self.w).max() <= HALF_WHOLE * self.unit
+        return np.ascontiguousarray(self.w // self.unit, np.float16) if exact else None
 
     @functools.cached_property
     def winograd(self):
@@ -1928,9 +1935,6 @@ def integer_forward(snn, k0, threads=None):
     return Reference([xp.concatenate(parts) for parts in zip(*counts)], xp.concatenate(logits))
 
 
-HALF_WHOLE = 2048  # whole numbers up to this, of either sign, are exact in half precision
-
-
 def half_matmul(x, w, out, unit):
     """out = unit x w on a GPU's tensor cores: x (M, K) and w (K, O) float16, out (M, O) float32.
     Exact while x and w hold whole numbers of at most 2,048, every sum of absolute products
@@ -1963,9 +1967,8 @@ def half_linear(layer, x, w, unit):
 class Sums:
     """The weights of layer i and its bias, in types that hold its sums exactly: of inputs up to
     `largest`, with `steps` times the bias. `images` is how many are worked at once.
-    Where all weights hold the factor F, sums of products are whole multiples of it: a float holds
-    them as well as it holds their quotients by F. On a GPU half precision carries the quotients
-    where `half_matmul` is exact, and F is multiplied back."""
+    Where all weights hold the factor F, so do sums of products: a float holds them as well as their
+    quotients by F. On a GPU `half_matmul` takes these where it is exact, and multiplies F back."""
 
     def __init__(self, snn, i, xp, largest, steps, images, integer=None):
         layer = self.layer = snn.layers[i]
@@ -1978,22 +1981,20 @@ class Sums:
         if layer.w is None:
             self.w = xp.ones((), exact_dtype(bound))
             return
-        self.unit = unit = math.gcd(layer.divisor, 16)  # a power of two, F or more
         self.of_spikes = largest == 1
         if xp is np and tile_size(layer, layer.w, (images, *snn.shapes[i])):
             self.w, bound_of_one = layer.winograd  # whole multiples of unit / 4
-            if bound_of_one * largest * 4 / unit < 2**24:
+            if bound_of_one * largest * 4 / layer.unit < 2**24:
                 return
-        carrier = exact_dtype(bound // unit)
-        self.w = xp.asarray(layer.w, carrier)
-        whole = max(largest, int(abs(layer.w).max()) // unit) <= HALF_WHOLE
-        if xp is not np and whole and layer.kind != "depthwise" and carrier is np.float32:
-            self.w = xp.asarray(np.ascontiguousarray(layer.w // unit), np.float16)
+        carrier = exact_dtype(bound // layer.unit)
+        half = xp is not np and carrier is np.float32 and largest <= HALF_WHOLE
+        halves = layer.halves if half else None  # made once: it takes longer than a short run
+        self.w = xp.asarray(layer.w, carrier) if halves is None else xp.asarray(halves)
 
     def products(self, x):
         """Return w . x, whole numbers carried by floats, for x (N, ...)."""
         if getattr(self.w, "dtype", None) == np.float16:
-            return half_linear(self.layer, x, self.w, self.unit)
+            return half_linear(self.layer, x, self.w, self.layer.unit)
         if isinstance(self.w, WinogradKernel) and self.of_spikes and x.dtype == np.uint8:
             x = x.view(np.int8)
         return linear(self.layer, x, self.w)[0]
@@ -2025,8 +2026,7 @@ class Source:
 
     def __init__(self, k0, steps, encoding):
         self.xp = array_module(k0)
-        largest = steps * (255 if encoding == "direct" else steps)
-        self.k0 = k0.astype(integer_dtype(largest))
+        self.k0 = k0.astype(integer_dtype(steps * (255 if encoding == "direct" else steps)))
         self.steps, self.direct, self.now = steps, encoding == "direct", 0
         self.emitted = self.xp.zeros_like(self.k0)
 
@@ -2256,7 +2256,7 @@ def effective_operations(snn, k0, counts):
     for layer, x, dense in zip(snn.layers, inputs, macs(snn)):
         met = 0
         if layer.kind != "pool":
-            w = xp.asarray(layer.w != 0, exact_dtype(len(k0) * snn.steps * dense))
+            w = xp.asarray(layer.w != 0).astype(exact_dtype(len(k0) * snn.steps * dense))
             met = int(linear(layer, x.sum(0, dtype=np.int64, keepdims=True), w)[0].sum())
         found.append(met)
     return (found[0], sum(found[1:])) if direct else (0, sum(found))
