@@ -118,12 +118,12 @@ MUTATIONS = {
     ),
     "count spikes too many alone as wrong": ("(c != exact).sum()", "(c > exact).sum()", SIMULATION),
     "count 32 bits of many steps": (
-        "self.k0 = k0.astype(integer_dtype(largest))",
+        'self.k0 = k0.astype(integer_dtype(steps * (255 if encoding == "direct" else steps)))',
         "self.k0 = k0.astype(np.int32)",
         SIMULATION,
     ),
     "use Winograd's algorithm beyond float32": (
-        "if bound_of_one * largest * 4 / unit < 2**24:",
+        "if bound_of_one * largest * 4 / layer.unit < 2**24:",
         "if bound_of_one:",
         SIMULATION,
     ),
