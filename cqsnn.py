@@ -97,8 +97,7 @@ def cuda_kernel(source, **types):
     import cupy
 
     options = [f"-D{name}={C_NAMES[kind]}" for name, kind in types.items()]
-    name = re.search(r"void (\w+)\(", source)[1]
-    return cupy.RawKernel(source, name, ("--fmad=false", *options))
+    return cupy.RawKernel(source, re.search(r"void (\w+)\(", source)[1], ("--fmad=false", *options))
 
 
 def launch(source, size, *arguments, **types):
@@ -990,7 +989,7 @@ def norm_input_gradient(z, du, mean, scale, level, slope):
 def dropout(a, rate, seed):
     """Set a fraction `rate` of a to zero and divide the rest by 1 - rate; in place."""
     kept = array_module(a).random.default_rng(seed).random(a.shape, dtype=np.float32) >= rate
-    kept = (kept / (1 - rate)).astype(a.dtype)
+    kept = kept.astype(a.dtype) * a.dtype.type(1 / (1 - rate))
     a *= kept
     return a, kept
 
@@ -1349,8 +1348,8 @@ def adam(params, grads, state, rate, threads=None, beta1=0.9, beta2=0.999, eps=1
     step = state.setdefault("step", np.zeros((), np.int64))
     step += 1
     correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
-    for name, (key, g) in itertools.product("mv", grads.items()):
-        state.setdefault(f"{name}.{key}", array_module(g).zeros_like(g))
+    for name, (key, g) in itertools.product("mv", grads.items() if step == 1 else ()):
+        state[f"{name}.{key}"] = array_module(g).zeros_like(g)
 
     def move(g, key):
         for name, beta, now in (("m", beta1, g), ("v", beta2, g * g)):
@@ -1379,8 +1378,8 @@ def muon(params, grads, state, rate, threads=None, momentum=0.6, others_momentum
     Convolution weights W, as a matrix (O, K*K*C), are scaled to the norm sqrt(O), which the
     batch normalisation behind them hides, and move by `rate` times the orthogonalised
     gradient. state is {} at first; it gets the momenta, "m.i.name"."""
-    for key, g in grads.items():
-        state.setdefault(f"m.{key}", array_module(g).zeros_like(g))
+    for key, g in () if state else grads.items():
+        state[f"m.{key}"] = array_module(g).zeros_like(g)
 
     def move(g, key):
         w, keep = params[key], momentum if g.ndim == 4 else others_momentum
@@ -1394,11 +1393,9 @@ def muon(params, grads, state, rate, threads=None, momentum=0.6, others_momentum
             w *= math.sqrt(w.shape[-1]) / (array_module(g).linalg.norm(w) + 1e-7)
             flat = g.reshape(-1, g.shape[-1])  # (K*K*C, O)
             tall = flat.shape[0] > flat.shape[1]
-            step = orthogonalise(flat.T).T if tall else orthogonalise(flat)
-            w -= rate * step.reshape(w.shape)
+            w -= rate * (orthogonalise(flat.T).T if tall else orthogonalise(flat)).reshape(w.shape)
         else:
-            norm = key.endswith((".gamma", ".beta"))
-            w -= rate * (NORM_RATE if norm else DENSE_RATE) * g
+            w -= rate * (NORM_RATE if key.endswith((".gamma", ".beta")) else DENSE_RATE) * g
 
     largest_first = sorted(grads, key=lambda key: -grads[key].size)
     over_shards(move, [grads[key] for key in largest_first], largest_first, threads=threads)
@@ -1651,15 +1648,15 @@ class SpikingLayer:
         return np.abs(self.w.astype(np.int64)).reshape(-1, self.w.shape[-1]).sum(0)
 
     @functools.cached_property
-    def unit(self):
+    def factor(self):
         """The largest power of two, up to 16, that divides all weights: F, or more."""
-        return math.gcd(int(np.gcd.reduce(self.w, axis=None)), 16)
+        return math.gcd(int(np.bitwise_or.reduce(self.w, axis=None)), 16)
 
     @functools.cached_property
-    def halves(self):
-        """w / unit in half precision, for `half_matmul`; None where it is not exact."""
-        exact = self.kind != "depthwise" and abs(self.w).max() <= HALF_WHOLE * self.unit
-        return np.ascontiguousarray(self.w // self.unit, np.float16) if exact else None
+    def quotients(self):
+        """w / factor as int16, or None where half precision does not hold them."""
+        exact = max(self.w.max(), -int(self.w.min())) <= HALF_WHOLE * self.factor
+        return np.ascontiguousarray(self.w // self.factor, np.int16) if exact else None
 
     @functools.cached_property
     def winograd(self):
@@ -1883,8 +1880,7 @@ def scales(net, params, snn):
     S is a list where each channel has its own."""
     rows = []
     for i, wb in enumerate(fold(net, params, snn.input_shape)):
-        unit = snn.unit * snn.largest_input(i)
-        scale = (snn.layers[i].theta // unit).tolist()
+        scale = (snn.layers[i].theta // (snn.unit * snn.largest_input(i))).tolist()
         rows.append(None if wb is None else [scale, float(abs(wb[0]).max())])
     return rows
 
@@ -1950,9 +1946,9 @@ def half_matmul(x, w, out, unit):
     cuda.cublas.gemmEx(handle, *sizes, one.ctypes.data, *left, *right, *result, compute, -1)
 
 
-def half_linear(layer, x, w, unit):
-    """`linear` of a convolution or a dense layer by `half_matmul`: float32 sums, times unit."""
-    xp = array_module(x)
+def half_linear(layer, x, w):
+    """`linear` by `half_matmul`, with the quotients w of a convolution or a dense layer."""
+    xp, unit = array_module(x), layer.factor
     if layer.kind == "dense":
         z = xp.empty((len(x), w.shape[1]), np.float32)
         half_matmul(xp.ascontiguousarray(x.reshape(len(x), -1), np.float16), w, z, unit)
@@ -1983,18 +1979,18 @@ class Sums:
             return
         self.of_spikes = largest == 1
         if xp is np and tile_size(layer, layer.w, (images, *snn.shapes[i])):
-            self.w, bound_of_one = layer.winograd  # whole multiples of unit / 4
-            if bound_of_one * largest * 4 / layer.unit < 2**24:
+            self.w, bound_of_one = layer.winograd  # whole multiples of factor / 4
+            if bound_of_one * largest * 4 / layer.factor < 2**24:
                 return
-        carrier = exact_dtype(bound // layer.unit)
-        half = xp is not np and carrier is np.float32 and largest <= HALF_WHOLE
-        halves = layer.halves if half else None  # made once: it takes longer than a short run
-        self.w = xp.asarray(layer.w, carrier) if halves is None else xp.asarray(halves)
+        carrier = exact_dtype(bound // layer.factor)
+        half = xp is not np and carrier is np.float32 and layer.kind != "depthwise"
+        w = layer.quotients if half and largest <= HALF_WHOLE else None  # they are made once
+        self.w = xp.asarray(layer.w, carrier) if w is None else xp.asarray(w).astype(np.float16)
 
     def products(self, x):
         """Return w . x, whole numbers carried by floats, for x (N, ...)."""
         if getattr(self.w, "dtype", None) == np.float16:
-            return half_linear(self.layer, x, self.w, self.layer.unit)
+            return half_linear(self.layer, x, self.w)
         if isinstance(self.w, WinogradKernel) and self.of_spikes and x.dtype == np.uint8:
             x = x.view(np.int8)
         return linear(self.layer, x, self.w)[0]
@@ -2022,17 +2018,17 @@ def steps_to_answer(snn, schedule):
 
 class Source:
     """The input of a block of images as spikes: s(t) = floor(k0 t / T) - floor(k0 (t-1) / T),
-    or, where it is direct, the pixels themselves at every step."""
+    or, where it is direct, the pixels themselves at every step: constant."""
 
     def __init__(self, k0, steps, encoding):
         self.xp = array_module(k0)
         self.k0 = k0.astype(integer_dtype(steps * (255 if encoding == "direct" else steps)))
-        self.steps, self.direct, self.now = steps, encoding == "direct", 0
+        self.steps, self.constant, self.now = steps, encoding == "direct", 0
         self.emitted = self.xp.zeros_like(self.k0)
 
     def counts(self, m):
         """Return the sum of the next m steps (N, H, W, C)."""
-        if self.direct:
+        if self.constant:
             return self.k0 * m
         self.now += m
         before, self.emitted = self.emitted, self.k0 * self.now // self.steps
@@ -2044,17 +2040,21 @@ class Source:
 
 
 FIRE = """
-extern "C" __global__ void fire(const REAL *products, const WHOLE *bias, const WHOLE *theta,
-    unsigned biases, unsigned thetas, unsigned steps, WHOLE *v, unsigned char *spikes, unsigned n) {
+extern "C" __global__ void fire(const REAL *__restrict__ products, unsigned own, const WHOLE *bias,
+    const WHOLE *theta, unsigned biases, unsigned thetas, unsigned steps, WHOLE *v, int *total,
+    unsigned char *__restrict__ spikes, unsigned n) {
   unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // a neuron, its potential in a register
   if (i >= n) return;
   WHOLE potential = v[i], b = bias[i % biases], threshold = theta[i % thetas];
-  for (size_t k = i; k < (size_t)steps * n; k += n) {
-    potential += (WHOLE)products[k] + b;
-    spikes[k] = potential >= threshold;
-    if (spikes[k]) potential -= threshold;
+  int count = 0;
+  for (unsigned t = 0; t < steps; t++) {
+    potential += (WHOLE)products[(size_t)(t % own) * n + i] + b;
+    bool spike = potential >= threshold;
+    if (spike) potential -= threshold;
+    count += spikes[(size_t)t * n + i] = spike;
   }
   v[i] = potential;
+  total[i] += count;
 }"""
 
 
@@ -2073,7 +2073,7 @@ class Population:
         self.v += xp.asarray(sums.layer.v0, sums.integer)
         self.inputs_left = steps - delay
         self.total = xp.zeros(shape, np.int32)
-        self.kept = [] if record else None
+        self.kept, self.constant = [] if record else None, False
 
     def spikes(self, m):
         """Return the next m firing steps (m, N, ...), uint8."""
@@ -2081,11 +2081,10 @@ class Population:
         spikes = xp.empty((m, *self.v.shape), np.uint8)
         fed = min(m, self.inputs_left)
         if fed:
-            x = self.below.spikes(fed)
+            x = self.below.spikes(1 if self.below.constant else fed)
             products = self.sums.products(x.reshape(-1, *x.shape[2:]))
-            self.fire(products.reshape(fed, *self.v.shape), spikes)
+            self.fire(products.reshape(len(x), *self.v.shape), spikes[:fed])
             self.inputs_left -= fed
-            self.total += spikes[:fed].sum(0, dtype=np.int32)
         if m > fed:
             counts = self.discharge(m - fed)
             step = xp.arange(m - fed, dtype=counts.dtype).reshape(-1, *(1,) * counts.ndim)
@@ -2103,20 +2102,21 @@ class Population:
         return counts + self.discharge(m - one_by_one) if m > one_by_one else counts
 
     def fire(self, products, spikes):
-        """v += w . s + b; where v >= theta a spike, and v -= theta. In place on v and spikes."""
+        """v += w . s + b; where v >= theta a spike, and v -= theta. One product may do for all."""
         if self.xp is not np:
-            arrays = self.xp.ascontiguousarray(products), self.sums.b, self.theta
-            how = self.sums.b.size, self.theta.size, len(products), self.v, spikes
-            launch(FIRE, self.v.size, *arrays, *how, REAL=products.dtype, WHOLE=self.v.dtype)
+            inputs = self.xp.ascontiguousarray(products), len(products), self.sums.b, self.theta
+            how = self.sums.b.size, self.theta.size, len(spikes), self.v, self.total, spikes
+            launch(FIRE, self.v.size, *inputs, *how, REAL=products.dtype, WHOLE=self.v.dtype)
             return
         change = np.empty_like(self.v)
-        for product, spike in zip(products, spikes):
+        for product, spike in zip(itertools.cycle(products), spikes):
             change[...] = product  # a whole number, now in the integer type
             change += self.sums.b
             self.v += change
             np.greater_equal(self.v, self.theta, out=spike.view(bool))
             np.multiply(spike, self.theta, out=change)
             self.v -= change
+        self.total += spikes.sum(0, dtype=np.int32)
 
     def discharge(self, m):
         """Fire m steps without input, in closed form; return the counts."""
@@ -2311,8 +2311,8 @@ def evaluate(
             run = simulate(snn, k0, schedule, threads=threads)
             right = to_host((run.logits_over_time.argmax(2) == truth).sum(1))
             seconds = time.perf_counter() - began  # a GPU is done when its answer is here
-            wrong = [int((c != exact).sum()) for c, exact in zip(run.counts, reference.counts)]
-            spikes = sum(int(c.sum()) for c in run.counts)
+            wrong = [int((c != k).sum(0).sum()) for c, k in zip(run.counts, reference.counts)]
+            spikes = sum(int(c.sum(0).sum()) for c in run.counts)  # at once: one block of a GPU's
             synops = int(run.synops.sum()), *effective_operations(snn, k0, run.counts)
             rows[schedule].append((right, wrong, spikes, synops, seconds))
             progress(len(k0) * ranks.size)

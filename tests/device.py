@@ -62,7 +62,8 @@ def library(source, name, options):
     command += ["-Wno-sign-compare", "-Wno-unused-variable", *defines, "-shared", "-fPIC"]
     files = ["-o", path.with_suffix(".so"), path.with_suffix(".cc")]
     done = subprocess.run([*command, *files], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if done.returncode:
+        raise RuntimeError(done.stderr)  # no assertion: a kernel that a test broke must compile
     found = ctypes.CDLL(str(path.with_suffix(".so")))
     found.run.restype = ctypes.c_size_t
     return found

@@ -108,31 +108,35 @@ def dense_sums(xp, w, largest_input, unit=1, theta=1, b=0, integer=None):
     return cqsnn.Sums(snn, 0, xp, largest_input, 1, 1, integer)
 
 
-def fired(xp, products, b, v, theta):
-    """Spikes and potentials of IF neurons under products (m, N, C) and bias b (C,)."""
+def fired(xp, products, b, v, theta, steps):
+    """Spikes, potentials and counts of IF neurons under bias b (C,) and products (m, N, C), or
+    (1, N, C) of every step."""
     nothing = np.zeros((1, v.shape[1]))
     sums = dense_sums(xp, nothing, 1, theta=theta, b=b, integer=v.dtype.type)
     pop = cqsnn.Population(v.shape, sums, sums, None, 9, 0, 9, False)
-    pop.v, spikes = xp.asarray(v), xp.empty(products.shape, np.uint8)
+    pop.v, spikes = xp.asarray(v), xp.empty((steps, *v.shape), np.uint8)
+    pop.total += 3
     pop.fire(xp.asarray(products), spikes)
-    return spikes, pop.v
+    assert (pop.total == spikes.sum(0) + 3).all()
+    return spikes, pop.v, pop.total
 
 
-def fire_case(steps, n, channels, by_channel, wide, seed):
+def fire_case(steps, same, n, channels, by_channel, wide, seed):
     rng = np.random.default_rng(seed)
     kind, carrier, scale = (np.int64, "f8", 2**33) if wide else (np.int32, "f4", 1)
-    products = (rng.integers(-9, 10, (steps, n, channels)) * scale).astype(carrier)
+    shape = 1 if same else steps, n, channels
+    products = (rng.integers(-9, 10, shape) * scale).astype(carrier)
     v = (rng.integers(-30, 30, (n, channels)) * scale).astype(kind)
     theta = rng.integers(1, 12, channels if by_channel else ()).astype(np.int32)
     return products, rng.integers(-3, 4, channels), v, theta
 
 
-@given(*[st.integers(1, 9)] * 3, st.booleans(), st.booleans(), st.integers(0, 2**32))
-def test_neuron_kernel_gives_the_bits_of_numpy(steps, n, channels, by_channel, wide, seed):
-    products, b, v, theta = fire_case(steps, n, channels, by_channel, wide, seed)
-    ours = fired(np, products, b, v.copy(), theta)
+@given(*[st.integers(1, 9)] * 3, *[st.booleans()] * 3, st.integers(0, 2**32))
+def test_neuron_kernel_gives_the_bits_of_numpy(steps, n, channels, same, by_channel, wide, seed):
+    products, b, v, theta = fire_case(steps, same, n, channels, by_channel, wide, seed)
+    ours = fired(np, products, b, v.copy(), theta, steps)
     with installed() as cupy:
-        theirs = fired(cupy, products, b, v, theta)
+        theirs = fired(cupy, products, b, v, theta, steps)
         assert device.RawKernel.launched == 1
     for a, b in zip(ours, theirs, strict=True):
         same_bits(a, b)
@@ -161,8 +165,10 @@ def test_im2col_kernel_gives_the_rows_of_numpy(
     ("source", "there", "instead"),
     [
         ("FIRE", "potential >= threshold", "potential > threshold"),
-        ("FIRE", "i % thetas", "0"),
-        ("FIRE", "i % biases", "0"),
+        ("FIRE", "i % thetas", "i % thetas * 0"),
+        ("FIRE", "i % biases", "i % biases * 0"),
+        ("FIRE", "t % own", "t % own * 0"),
+        ("FIRE", "+= count", "= count"),
         ("ACTIVATE", "u < 1", "u <= 1"),
         ("IM2COL", "+ k - pad", "+ k"),
     ],
@@ -176,7 +182,10 @@ def test_a_kernel_changed_in_one_place_is_noticed(monkeypatch, source, there, in
         "ACTIVATE": test_activation_kernel_gives_the_bits_of_numpy.hypothesis.inner_test,
         "IM2COL": test_im2col_kernel_gives_the_rows_of_numpy.hypothesis.inner_test,
     }
-    cases = {"FIRE": (9, 9, 9, True, False, 0), "ACTIVATE": ((3, 5, 4, 7), HOW[1], False, "f", 0)}
+    cases = {
+        "FIRE": (9, 9, 9, False, True, False, 0),
+        "ACTIVATE": ((3, 5, 4, 7), HOW[1], False, "f", 0),
+    }
     cases["IM2COL"] = (2, 4, 5, 3, 3, 2, 1, "f4", "f2", 0)
     with pytest.raises(AssertionError):
         checks[source](*cases[source])

@@ -54,6 +54,8 @@ def test_source_counts_are_the_sum_of_its_spikes(steps, data, encoding):
 class Wires:
     """An input that sends given values: one value a step and neuron, (T, 1, n)."""
 
+    constant = False
+
     def __init__(self, values):
         self.values, self.now = np.asarray(values), 0
 

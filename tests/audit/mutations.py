@@ -116,14 +116,14 @@ MUTATIONS = {
         "limit_weights(net, params, 0.0)",
         "tests/test_training.py",
     ),
-    "count spikes too many alone as wrong": ("(c != exact).sum()", "(c > exact).sum()", SIMULATION),
+    "count spikes too many alone as wrong": ("(c != k).sum(0)", "(c > k).sum(0)", SIMULATION),
     "count 32 bits of many steps": (
         'self.k0 = k0.astype(integer_dtype(steps * (255 if encoding == "direct" else steps)))',
         "self.k0 = k0.astype(np.int32)",
         SIMULATION,
     ),
     "use Winograd's algorithm beyond float32": (
-        "if bound_of_one * largest * 4 / layer.unit < 2**24:",
+        "if bound_of_one * largest * 4 / layer.factor < 2**24:",
         "if bound_of_one:",
         SIMULATION,
     ),
