@@ -2086,20 +2086,20 @@ class Population:
             self.fire(products.reshape(len(x), *self.v.shape), spikes[:fed])
             self.inputs_left -= fed
         if m > fed:
-            counts = self.discharge(m - fed)
-            step = xp.arange(m - fed, dtype=counts.dtype).reshape(-1, *(1,) * counts.ndim)
-            xp.greater(counts, step, out=spikes[fed:].view(bool))
+            step = xp.arange(m - fed, dtype=self.v.dtype).reshape(-1, *(1,) * self.v.ndim)
+            xp.greater(self.discharge(m - fed), step, out=spikes[fed:].view(bool))
         if self.kept is not None:
             self.kept.append(spikes)
         return spikes
 
     def counts(self, m):
         """Return how often each neuron fires in its next m firing steps (N, ...), int32."""
-        one_by_one = min(m, self.inputs_left) if self.kept is None else m
-        counts = self.xp.zeros(self.v.shape, np.int32)
+        one_by_one, before = min(m, self.inputs_left) if self.kept is None else m, self.total.copy()
         for start in range(0, one_by_one, self.chunk):
-            counts += self.spikes(min(self.chunk, one_by_one - start)).sum(0, dtype=np.int32)
-        return counts + self.discharge(m - one_by_one) if m > one_by_one else counts
+            self.spikes(min(self.chunk, one_by_one - start))
+        if m > one_by_one:
+            self.discharge(m - one_by_one)
+        return self.total - before
 
     def fire(self, products, spikes):
         """v += w . s + b; where v >= theta a spike, and v -= theta. One product may do for all."""
@@ -2312,7 +2312,7 @@ def evaluate(
             right = to_host((run.logits_over_time.argmax(2) == truth).sum(1))
             seconds = time.perf_counter() - began  # a GPU is done when its answer is here
             wrong = [int((c != k).sum(0).sum()) for c, k in zip(run.counts, reference.counts)]
-            spikes = sum(int(c.sum(0).sum()) for c in run.counts)  # at once: one block of a GPU's
+            spikes = sum(int(c.sum(0).sum()) for c in run.counts)  # (0): or CuPy has one block
             synops = int(run.synops.sum()), *effective_operations(snn, k0, run.counts)
             rows[schedule].append((right, wrong, spikes, synops, seconds))
             progress(len(k0) * ranks.size)
