@@ -2043,12 +2043,12 @@ FIRE = """
 extern "C" __global__ void fire(const REAL *__restrict__ products, unsigned own, const WHOLE *bias,
     const WHOLE *theta, unsigned biases, unsigned thetas, unsigned steps, WHOLE *v, int *total,
     unsigned char *__restrict__ spikes, unsigned n) {
-  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;  // a neuron, its potential in a register
-  if (i >= n) return;
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x, step = own > 1 ? n : 0;
+  if (i >= n) return;  // i is a neuron, its potential in a register
   WHOLE potential = v[i], b = bias[i % biases], threshold = theta[i % thetas];
   int count = 0;
   for (unsigned t = 0; t < steps; t++) {
-    potential += (WHOLE)products[(size_t)(t % own) * n + i] + b;
+    potential += (WHOLE)products[(size_t)t * step + i] + b;
     bool spike = potential >= threshold;
     if (spike) potential -= threshold;
     count += spikes[(size_t)t * n + i] = spike;

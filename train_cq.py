@@ -300,9 +300,8 @@ def previous_run(folder, settings, expected, epochs, resume):
         raise ValueError(f"{path}: not a whole checkpoint: no settings, epoch or log in meta")
     theirs = asdict(Recipe("")) | meta["settings"]  # an older version has fewer
     for name in settings | theirs:
-        if settings.get(name) != theirs.get(name):
+        if (found := settings.get(name)) != theirs.get(name):
             wrong = f"{folder}: holds a run with {name} {theirs.get(name)}"
-            found = settings.get(name)
             raise ValueError(f"{wrong}, found {found}; expected the same, or another --out")
     if not resume and (meta["epoch"] < epochs or not (folder / "report.json").exists()):
         wrong = f"{folder}: holds a run without report, after epoch {meta['epoch']} of {epochs}"
@@ -313,9 +312,10 @@ def previous_run(folder, settings, expected, epochs, resume):
         wrong = f"{path}: after epoch {meta['epoch']} with {len(lines)} whole lines of log"
         raise ValueError(f"{wrong}, expected as many, up to {epochs}")
     check_shapes(path, params, expected)
-    of_state = {f"{m}.{name}": array for name, array in expected.items() for m in "mv"}
-    of_state["step"] = np.zeros((), np.int64)
-    check_shapes(path, state, {name: of_state.get(name) for name in state})
+    trained = {k: a for k, a in expected.items() if not k.endswith((".mean", ".var"))}
+    of_state = {"step": np.zeros((), np.int64)} if (adam := theirs["optimizer"] == "adam") else {}
+    of_state |= {f"{m}.{k}": a for k, a in trained.items() for m in ("mv" if adam else "m")}
+    check_shapes(path, state, of_state if meta["epoch"] else {})
     return (params, state, meta) if resume else None
 
 

@@ -9,7 +9,8 @@ batch and depth; start-up; and the machine's own speed, of which the table gives
 whose gradients or spike counts are not ours is not timed. Virtual environments for the peers are
 made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.md (the table; under
 names of their own with --quick or --only), and *.partial.* until all is measured.
-Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg and simulate-vgg alone have been run: see results/gpu.md.
+Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg and simulate-vgg alone have
+been run: see results/gpu.md.
 """
 
 import argparse

@@ -248,11 +248,15 @@ def unknown_momentum(params, state, meta):
     state["u.0.w"] = params["0.w"]
 
 
+def missing_momentum(params, state, meta):
+    del state["m.0.gamma"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         *(renamed_epoch, shorter_log, nameless_stage, seconds_in_words),
-        *(doubled_weights, stepless_adam, unknown_momentum),
+        *(doubled_weights, stepless_adam, unknown_momentum, missing_momentum),
     ],
 )
 def test_doctored_checkpoint_is_refused(change, quick, tmp_path):

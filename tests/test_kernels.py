@@ -167,7 +167,7 @@ def test_im2col_kernel_gives_the_rows_of_numpy(
         ("FIRE", "potential >= threshold", "potential > threshold"),
         ("FIRE", "i % thetas", "i % thetas * 0"),
         ("FIRE", "i % biases", "i % biases * 0"),
-        ("FIRE", "t % own", "t % own * 0"),
+        ("FIRE", "t * step", "t * step * 0"),
         ("FIRE", "+= count", "= count"),
         ("ACTIVATE", "u < 1", "u <= 1"),
         ("IM2COL", "+ k - pad", "+ k"),
