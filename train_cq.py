@@ -166,7 +166,7 @@ def chosen_recipe(args):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"--{name}: {getattr(recipe, name)}, expected 0 to below 1")
     if not 0 < recipe.lr < float("inf"):
-        raise ValueError(f"--lr: {recipe.lr}, expected more than 0")
+        raise ValueError(f"--lr: {recipe.lr}, expected a finite number above 0")
     if not recipe.stages and args.init is None:
         raise ValueError("--clamp-epochs: no stage has epochs, expected at least one, or --init")
     return recipe
@@ -293,6 +293,8 @@ def previous_run(folder, settings, expected, epochs, resume):
     Raises ValueError rather than overwrite another run or one that is not over."""
     path = folder / "model.npz"
     if not path.exists():
+        if held := [n for n in ("snn.npz", "report.json", "log.jsonl") if (folder / n).exists()]:
+            raise ValueError(f"{folder}: holds {held[0]}, no model.npz; expected another --out")
         return None
     params, state, meta = cqsnn.load_model(path)
     kinds = {"settings": dict, "epoch": int, "log": list}
@@ -380,6 +382,7 @@ def train(args, recipe, net, folder, data, xp):
     """Train all stages, a checkpoint after every epoch; return params and the checkpoint's meta."""
     (images, labels), test = data
     epochs = sum(n for _, n in recipe.stages)
+    args.outdated = functools.partial((folder / "report.json").unlink, missing_ok=True)
     params, state, meta = begin(args, recipe, net, folder, images, xp)
     args.begun = args.resume  # whether a checkpoint of this run is there
     if args.tf32:
@@ -399,8 +402,7 @@ def train(args, recipe, net, folder, data, xp):
         meta["log"].append(line | {"test_accuracy": tested, "seconds": round(seconds, 2)})
         meta["epoch"] = epoch + 1
         if args.ranks.rank == 0:
-            (folder / "report.json").unlink(missing_ok=True)  # that of the checkpoint before
-            cqsnn.save_model(folder / "model.npz", params, state, meta)
+            cqsnn.save_model(folder / "model.npz", params, state, meta, before=args.outdated)
             write_json(folder / "log.jsonl", *meta["log"])
         args.begun = True
         text = f"epoch {epoch + 1:3}/{epochs}  {activation:8}  loss {loss:6.4f}  train {right:.4f}"
@@ -409,8 +411,7 @@ def train(args, recipe, net, folder, data, xp):
         rng, meta["finished"] = np.random.default_rng([args.seed, epochs]), True
         cqsnn.take_statistics(net, params, images, recipe, rng, **args.how)
         if args.ranks.rank == 0:
-            (folder / "report.json").unlink(missing_ok=True)
-            cqsnn.save_model(folder / "model.npz", params, state, meta)
+            cqsnn.save_model(folder / "model.npz", params, state, meta, before=args.outdated)
         args.begun = True
     return params, meta
 
@@ -752,8 +753,7 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
     convert_other_encoding(args, report, convert, test)
     if args.ranks.rank == 0:
         write_json(folder / "log.jsonl", *meta["log"])  # a kill may have come before the last one
-        (folder / "report.json").unlink(missing_ok=True)  # that of another snn.npz
-        cqsnn.save_snn(folder / "snn.npz", networks[0])
+        cqsnn.save_snn(folder / "snn.npz", networks[0], before=args.outdated)
         write_json(folder / "report.json", report)
         drawn = draw(folder, report, meta["log"], networks[0], test[0][:20], args.threads)
         files = "model.npz", "snn.npz", "report.json", "log.jsonl", *drawn
@@ -1031,7 +1031,7 @@ def main(command=None):
     warnings.filterwarnings("ignore", "(overflow|invalid value|divide by zero) enc", RuntimeWarning)
     try:
         ranks = cqsnn.ranks_started()
-        if ranks.rank:  # the first one speaks for all
+        if ranks.rank or sys.stdout is None:  # the first one speaks for all; or >&-
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         args = parser().parse_args(command)
         args.command, args.ranks = command, ranks

@@ -1,6 +1,7 @@
 """The real command line, in a folder of its own: bad input, the run folder, law 14."""
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -280,18 +281,45 @@ def test_a_run_without_report_is_not_over(quick, tmp_path):
     assert (tmp_path / "run" / "report.json").exists()
 
 
-@pytest.mark.parametrize("broken, how", [("save_snn", ["--resume"]), ("save_model", [])])
+@pytest.mark.parametrize("broken, how", [("snn.npz", ["--resume"]), ("model.npz", [])])
 def test_a_report_is_that_of_the_files_beside_it(broken, how, quick, tmp_path, monkeypatch):
     """A kill comes when a file is replaced: the report of the old one is gone."""
     shutil.copytree(quick / "run", tmp_path / "run")
+    rename = os.replace
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed(partial, path):
+        if path.name == broken:
+            raise KeyboardInterrupt
+        rename(partial, path)
 
-    monkeypatch.setattr(cqsnn, broken, killed)
+    monkeypatch.setattr(os, "replace", killed)
     how = [*QUICK, "--out", str(tmp_path / "run"), "--data-dir", str(ROOT / "data"), *how]
     assert train_cq_module.main([*how, "--weight-bits", "4"]) == 130
     assert not (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_its_report(
+    quick, tmp_path, monkeypatch
+):
+    shutil.copytree(quick / "run", tmp_path / "run")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    how = *QUICK, "--out", str(tmp_path / "run"), "--data-dir", str(ROOT / "data")
+    assert train_cq_module.main(how) == 2
+    for name in ("model.npz", "report.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (quick / "run" / name).read_bytes()
+
+
+def test_a_folder_of_another_run_is_not_written_over(tmp_path):
+    """A network, say, that was copied without its checkpoint."""
+    for name in ("snn.npz", "report.json", "log.jsonl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        assert_refused(train_cq(tmp_path, *QUICK, "--out", name), f"{name}: holds {name}", "--out")
+        assert [path.read_text() for path in (tmp_path / name).glob("[!.]*")] == ["mine"]
 
 
 def test_a_width_that_is_refused_after_training_says_how_to_go_on(quick, monkeypatch, capsys):
