@@ -94,7 +94,7 @@ REFUSED = {
     "optimizer": (["--optimizer", "sgd"], ["--optimizer", "'sgd'", "adam", "muon"]),
     "device": (["--device", "tpu"], ["--device", "'tpu'", "auto", "cpu", "gpu"]),
     "batch": (["--batch", "0"], ["--batch", ": 0"]),
-    "rate 0": (["--lr", "0"], ["--lr", "0.0", "more than 0"]),
+    "rate 0": (["--lr", "0"], ["--lr", "0.0", "a finite number above 0"]),
     "rate inf": (["--lr", "inf"], ["--lr", "inf"]),
     "rate nan": (["--lr", "nan"], ["--lr", "nan"]),
     "smoothing": (["--smoothing", "1"], ["--smoothing", "1.0"]),
