@@ -341,8 +341,8 @@ class Bar(tqdm):
             self.fp.write(f"  {self.format_meter(**self.format_dict | {'ncols': 0})}\n")
             self.fp.flush()
 
-    def __del__(self):
-        """Nothing: `with` closes it, and tqdm's own fails where Ctrl-C came within __init__."""
+    # nothing: `with` closes it; in C, as Python drops a Ctrl-C that comes within a __del__
+    __del__ = object.__init__
 
 
 def initial_params(path, net, shape, classes, expected):

@@ -1035,3 +1035,12 @@ def test_run_folder_belongs_to_one_process(tmp_path):
         running.kill()
         running.communicate()
     assert_works(train_cq(tmp_path, *LONG, "--resume"))  # the lock went with the process
+
+
+def test_no_ctrl_c_is_lost_while_a_progress_bar_goes():
+    """Python drops a KeyboardInterrupt that is raised within a __del__: none of ours may run."""
+    bar, called = train_cq_module.Bar(10, "epoch"), []
+    sys.setprofile(lambda frame, event, _: called.append((event, frame.f_code.co_name)))
+    del bar
+    sys.setprofile(None)
+    assert ("call", "__del__") not in called
