@@ -234,3 +234,59 @@ def test_sums_that_no_float_holds_are_not_certified():
     snn = cqsnn.SpikingNetwork(2**25, (1, 1, 1), 1, 8, 1, "spikes", (first, last))
     with pytest.raises(ValueError, match=r"sums reach \d+, expected less than 2\*\*53"):
         cqsnn.certify(snn)
+
+
+@pytest.mark.parametrize("b, v0, wrong", [(20, -30, -1), (-20, 50, 1)])
+@pytest.mark.parametrize("w", [1, -1])
+@pytest.mark.parametrize("start", range(3))
+def test_errors_of_a_layer_are_certified_through_weights_of_both_signs(b, v0, wrong, w, start):
+    """A count that is one too many or too few, behind which a neuron and logits see it."""
+    first = replace(neuron_layer(10, v0), b=np.full(1, b, np.int32))
+    middle = replace(neuron_layer(3, start), w=np.full((1, 1), w, np.int32))
+    middle = replace(middle, b=np.full(1, w < 0, np.int32))
+    last = replace(neuron_layer(1, 0), fires=False, w=np.full((1, 1), -1, np.int32))
+    snn = cqsnn.SpikingNetwork(4, (1, 1, 1), 1, 8, 1, "direct", (first, middle, last))
+    k0 = np.zeros((1, 1, 1, 1), np.uint8)
+    run, exact = cqsnn.simulate(snn, k0), cqsnn.integer_forward(snn, k0)
+    errors = [(a.astype(int) - e).item() for a, e in zip(run.counts, exact.counts)]
+    errors.append((run.logits - exact.logits).item())
+    assert errors[0] == wrong
+    for row, error in zip(cqsnn.certify(snn), errors, strict=True):
+        assert -row.late_in_all <= error <= row.early_in_all
+
+
+@pytest.mark.parametrize("encoding", cqsnn.ENCODINGS)
+def test_errors_in_all_are_a_layers_own_and_those_before_it_over_its_threshold(encoding):
+    for seed in range(3):
+        snn = oracle_network(np.random.default_rng(seed), encoding)
+        early = late = np.zeros(12, int)
+        for i, (layer, row) in enumerate(zip(snn.layers, cqsnn.certify(snn), strict=True)):
+            up, down = np.maximum(layer.w, 0).astype(int), np.maximum(-layer.w, 0).astype(int)
+            most = snn.largest_input(i)
+            ends = layer.b - down.sum(0) * most, layer.b + up.sum(0) * most
+            exact = not layer.fires or (i == 0 and encoding == "direct")
+            own = (0, 0) if exact else cqsnn.count_errors(layer, *ends, snn.steps, 0)
+            more, less = early @ up + late @ down, late @ up + early @ down
+            theta = int(layer.theta) if layer.fires else 1
+            early, late = own[0] - (-more // theta), own[1] - (-less // theta)
+            if layer.fires:
+                early, late = np.minimum(early, snn.steps), np.minimum(late, snn.steps)
+            assert (row.early_in_all, row.late_in_all) == (early.max(), late.max())
+
+
+@pytest.mark.parametrize(
+    "steps, theta, lowest, highest", [(3, 3, -1, 4), (2, 3, 0, 4), (3, 4, 0, 6)]
+)
+def test_potentials_reach_the_ends_of_their_range(steps, theta, lowest, highest):
+    _, *ends, _ = fire(every_train(lowest, highest, steps), theta, 0, 0)
+    layer, currents = neuron_layer(theta, 0), (np.array([lowest]), np.array([highest]))
+    assert cqsnn.potential_range(layer, *currents, steps, 0) == tuple(ends)
+
+
+def test_divergence_knows_how_many_steps_are_left():
+    """A neuron whose first spike should come at the end of four steps, and comes too late."""
+    first = replace(neuron_layer(10, -30), b=np.full(1, 20, np.int32))
+    last = replace(neuron_layer(1, 0), fires=False, w=np.ones((1, 1), np.int32))
+    snn = cqsnn.SpikingNetwork(4, (1, 1, 1), 1, 8, 1, "direct", (first, last))
+    row = cqsnn.divergence(snn, np.zeros((1, 1, 1, 1), np.uint8))[2][0]
+    assert row.wrong.item() == -1 and row.first_step.item() > 0

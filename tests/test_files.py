@@ -1128,3 +1128,9 @@ def test_a_text_file_is_no_npz_and_nobody_is_told_to_unpickle_it(tmp_path):
             load(tmp_path / "snn.npz")
         assert_one_line(caught, tmp_path / "snn.npz")
         assert "pickle" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fraction", [1e9, float("nan")])
+def test_a_head_start_out_of_range_is_refused(fraction):
+    with pytest.raises(ValueError, match="head"):
+        cqsnn.check_network(replace(small_snn(), head_start=(0, fraction)))

@@ -1031,3 +1031,52 @@ def test_networks_that_laws_are_tried_on_have_wrong_counts_and_large_numbers():
     draw()
     every = "spikes", "direct", "float64", "int64", "waits", "starts above", "4x4", "tiles"
     assert min(seen[name] for name in every) >= 3, seen
+
+
+def test_memory_of_a_cpu_does_not_grow_with_time_or_images():
+    snn = replace(one_neuron([1] * 100, 3, steps=10**6), input_shape=(1, 1, 100))
+    for images in (1, 7, 64, 4000):
+        for threads in (1, 2, 8):
+            batch, chunk = cqsnn.memory_limits(snn, np, images, None, None, threads)
+            assert 4 * 100 * batch * chunk <= cqsnn.CHUNK_BYTES and batch <= 64
+            assert -(-images // batch) >= min(threads, images)  # no thread is without work
+
+
+def test_potentials_that_pass_32_bits_by_their_bias_alone():
+    snn = one_neuron([0], theta=1, bias=-(2**30), steps=8)
+    run = cqsnn.simulate(snn, np.ones((1, 1, 1, 1), int), record=True)
+    assert run.potentials[0].tolist() == [[-(2**33)]] and run.logits == 0
+
+
+def test_operations_of_several_images_are_added_exactly():
+    one, zero = np.ones((1, 1), np.int32), np.zeros(1, np.int32)
+    last = cqsnn.SpikingLayer("dense", 1, 1, 0, False, one, zero, np.int32(1), np.int32(0))
+    snn = cqsnn.SpikingNetwork(2**22, (1, 1, 1), 1, 8, 1, "spikes", (last,))
+    k0 = np.array([2**22] * 4 + [1]).reshape(5, 1, 1, 1)
+    assert cqsnn.effective_operations(snn, k0, []) == (0, 2**24 + 1)
+
+
+def test_whole_numbers_end_below_two_to_the_31():
+    assert cqsnn.in_32_bits({"b": np.array(2.0**31 - 1)})["b"] == 2**31 - 1
+    assert cqsnn.in_32_bits({"b": np.array(2.0**31)}) is None
+
+
+def test_biases_are_rounded_to_the_nearest_where_the_encoding_changes():
+    b = np.arange(-300, 300, dtype=np.int32)
+    first, last = one_neuron([0], theta=255 * 9).layers
+    first = replace(first, w=np.zeros((1, 600), np.int32), b=b)
+    last = replace(last, w=np.zeros((600, 1), np.int32))
+    snn = cqsnn.SpikingNetwork(4, (1, 1, 1), 1, 8, 1, "direct", (first, last))
+    found = cqsnn.encoded(snn, "spikes").layers[0].b.astype(int)
+    assert (2 * abs(255 * found - b) <= 255).all()
+
+
+def test_weights_of_nine_bits_are_packed_in_more_than_those_of_eight():
+    net, params = random_cnn("3C3-A-4C3s2-FC", (9, 8, 2), 0)
+    sizes = [
+        cqsnn.neurobench(cqsnn.convert(net, params, (9, 8, 2), 4, bits), "streaming", 1, 0, (0, 0))[
+            "Footprint_packed"
+        ]
+        for bits in (8, 9)
+    ]
+    assert sizes[0] < sizes[1]

@@ -525,3 +525,94 @@ def test_training_keeps_weights_within_the_limit_of_the_recipe():
         largest[most] = np.abs(cqsnn.fold(net, params, (8, 8, 1))[0][0]).max()
     assert largest[0.0] > 0.3
     assert largest[0.25] <= 0.25 * (1 + 1e-6)
+
+
+# What an epoch does with its recipe: law 14 compares the program with itself, so that a setting
+# that nobody reads would change nothing there.
+
+
+def small_epoch(recipe, epoch, side=6, count=12):
+    """Train one epoch of one step on images that are told apart by their first pixel."""
+    images = np.random.default_rng(0).integers(0, 256, (count, side, side, 1), dtype=np.uint8)
+    images[:, 0, 0, 0], net, state = range(count), cqsnn.network("T-FC"), {}
+    params = cqsnn.init_params(net, images.shape[1:], count, np.random.default_rng(0))
+    labels = np.arange(count)
+    cqsnn.train_epoch(net, params, state, images, labels, recipe, 7, epoch, lambda n: None)
+    return state
+
+
+def spied(monkeypatch, name):
+    """Return a list that gets the arguments of every call of a function of cqsnn."""
+    calls, real = [], getattr(cqsnn, name)
+
+    def spy(*arguments, **named):
+        calls.append((tuple(np.copy(a) if hasattr(a, "shape") else a for a in arguments), named))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(cqsnn, name, spy)
+    return calls
+
+
+def test_an_epoch_changes_its_images_as_the_recipe_says(monkeypatch):
+    calls = spied(monkeypatch, "augment")
+    how = {"move": 1, "flip": True, "turn": 2.0, "noise": 0.1, "cutout": 3}
+    small_epoch(cqsnn.Recipe("digits", 0, 1, 1, batch=12, **how), 0)
+    (images, mirrored, move, _, *others), named = calls[0]
+    assert [move, *others[:3]] == [1, 2.0, 0.1, 3] and not set(named) - {"part"}
+    order = images[:, 0, 0, 0]
+    assert sorted(order) == list(range(12)) != list(order)
+    assert (mirrored == cqsnn.mirrored_images(12, 7, 0)[order]).all()
+
+
+@pytest.mark.parametrize("epoch, activation", [(0, "clamp"), (1, "quantize")])
+def test_an_epoch_has_the_input_and_the_activation_of_its_recipe(monkeypatch, epoch, activation):
+    calls = spied(monkeypatch, "forward")
+    recipe = cqsnn.Recipe("digits", 0, 1, 1, batch=12, steps=5, levels=3, shift=0.5)
+    small_epoch(recipe, epoch)
+    (_, _, x, *how), _ = calls[0]
+    assert tuple(how[:3]) == recipe.how(activation)
+    assert recipe.encoding == "spikes" and set(x.flat) <= {np.float32(k) / 5 for k in range(6)}
+
+
+@pytest.mark.parametrize("optimizer", cqsnn.OPTIMIZERS)
+def test_an_epoch_takes_the_optimizer_of_its_recipe(optimizer):
+    state = small_epoch(cqsnn.Recipe("digits", batch=12, optimizer=optimizer), 0)
+    assert ("step" in state) == (optimizer == "adam")
+
+
+def test_statistics_of_a_second_layer_see_a_first_that_is_quantised_and_drops_nothing():
+    net = cqsnn.with_dropout(cqsnn.network("3C3-2C3-FC"), 0.5)
+    images = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 1), dtype=np.uint8)
+    params = cqsnn.init_params(net, (6, 6, 1), 2, np.random.default_rng(0))
+    params["0.beta"] += np.float32(0.4)
+    recipe = cqsnn.Recipe("digits", batch=40, levels=4, steps=4)
+    cqsnn.take_statistics(net, params, images, recipe, np.random.default_rng(1))
+    z = oracles.loop_conv((images.astype(int) * 4 // 255) / 4, params["0.w"], 1, 1)
+    np.testing.assert_allclose(params["0.mean"], z.mean((0, 1, 2)), rtol=0, atol=1e-5)
+    u = (z - z.mean((0, 1, 2))) / np.sqrt(z.var((0, 1, 2)) + cqsnn.BATCH_NORM_EPS)
+    u = np.clip(u * params["0.gamma"] + params["0.beta"], 0, 1)
+    z = oracles.loop_conv(np.floor(4 * u) / 4, params["1.w"], 1, 1)
+    # one of 4,320 values on the other side of a level moves a mean by 1e-4
+    np.testing.assert_allclose(params["1.mean"], z.mean((0, 1, 2)), rtol=0, atol=1e-3)
+
+
+def test_cutout_comes_everywhere_alike():
+    images = np.zeros((2000, 4, 3, 1), np.uint8)
+    images[:, ::2] = 200
+    cut = cqsnn.augment(images, np.zeros(2000, bool), 0, np.random.default_rng(0), cutout=1)
+    share = (cut != images).mean(0)
+    assert abs(share - 1 / 12).max() < 4 * math.sqrt(1 / 12 / 2000)  # four standard errors
+
+
+def test_noise_of_a_colour_is_its_own():
+    images, none = np.full((20, 16, 16, 3), 128, np.uint8), np.zeros(20, bool)
+    noisy = cqsnn.augment(images, none, 0, np.random.default_rng(0), noise=0.05).reshape(-1, 3)
+    between = np.corrcoef(noisy.T)[np.triu_indices(3, 1)]
+    assert abs(between).max() < 0.1  # seven standard errors of 5,120 pixels
+
+
+def test_half_a_turn_of_an_image_that_is_not_square():
+    images = np.random.default_rng(0).integers(0, 256, (1, 5, 9, 1), dtype=np.uint8)
+    rows, columns = np.arange(5)[None, :, None], np.arange(9)[None, None]
+    turned = cqsnn.turn_about_middle(images, rows, columns, np.deg2rad([180.0]))
+    assert abs(turned[0] - images[0, ::-1, ::-1]).max() < 1e-4  # sin of pi is not 0 in floats
