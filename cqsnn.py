@@ -2493,9 +2493,9 @@ def spike_digest(snn, k0, schedule="streaming", together=8, **how):
 # 7  Files -----------------------------------------------------------------------------------------
 
 
-def write_file(path, write, before=lambda: None):
-    """Let write(file) fill a binary file that appears at `path` only when it is whole. It is
-    written under another name beside it, flushed to the disk and, after before(), renamed."""
+def write_file(path, write, stale=None):
+    """Let write(file) fill a binary file that appears at `path` only when it is whole: written
+    beside it, flushed to the disk and renamed. Just before, the file `stale` is removed."""
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)  # what a link points to
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: no plain file, expected one or a new name")
@@ -2505,7 +2505,8 @@ def write_file(path, write, before=lambda: None):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        before()
+        if stale is not None:
+            Path(stale).unlink(missing_ok=True)
         os.replace(partial, path)
     except OSError as error:  # a full disk, say: name the file that was asked for
         if error.errno:
@@ -2589,15 +2590,14 @@ def read_npz(path, file_format=None):
 SNN_FORMAT, MODEL_FORMAT, VECTORS_FORMAT = "cqsnn-snn/1", "cqsnn-model/1", "cqsnn-vectors/1"
 
 
-def save_snn(path, snn, **how):
-    """Write a SpikingNetwork as an SNN file: JSON `network`, int32 i.w, i.b, i.theta, i.v0."""
+def save_snn(path, snn, stale=None):
+    """Write an SNN file: JSON `network`, int32 i.w, i.b, i.theta, i.v0. stale: see `write_file`."""
     unsaid, arrays = {"head_start": (0, 0), "levels": None}, {}
     network = {n: v for n, v in asdict(snn).items() if n not in unsaid or v != unsaid[n]}
     for i, layer in enumerate(network["layers"]):
-        found = {f"{i}.{name}": layer.pop(name) for name in LAYER_ARRAYS}
-        arrays |= {key: a for key, a in found.items() if a is not None}
-    arrays = {"network": json.dumps(network)} | arrays
-    write_file(path, lambda f: np.savez_compressed(f, format=SNN_FORMAT, **arrays), **how)
+        arrays |= {f"{i}.{name}": layer.pop(name) for name in LAYER_ARRAYS}
+    arrays = {"network": json.dumps(network)} | {k: a for k, a in arrays.items() if a is not None}
+    write_file(path, lambda f: np.savez_compressed(f, format=SNN_FORMAT, **arrays), stale)
 
 
 def load_snn(path):
@@ -2668,11 +2668,11 @@ def _check_layer(layer, i, shape):
         raise ValueError(f"array {i}.theta: {layer.theta.min()}, expected at least 1")
 
 
-def save_model(path, params, state, meta, **how):
-    """Write a checkpoint: parameters, optimiser state, and `meta`, anything JSON can hold."""
+def save_model(path, params, state, meta, stale=None):
+    """Write a checkpoint: parameters, optimiser state, `meta` (JSON). stale: see `write_file`."""
     arrays = {"meta": json.dumps(meta)} | {f"params/{k}": to_host(a) for k, a in params.items()}
     arrays |= {f"state/{key}": to_host(a) for key, a in state.items()}
-    write_file(path, lambda f: np.savez(f, format=MODEL_FORMAT, **arrays), **how)
+    write_file(path, lambda f: np.savez(f, format=MODEL_FORMAT, **arrays), stale)
 
 
 def load_model(path):

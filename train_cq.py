@@ -382,7 +382,7 @@ def train(args, recipe, net, folder, data, xp):
     """Train all stages, a checkpoint after every epoch; return params and the checkpoint's meta."""
     (images, labels), test = data
     epochs = sum(n for _, n in recipe.stages)
-    args.outdated = functools.partial((folder / "report.json").unlink, missing_ok=True)
+    model, report = folder / "model.npz", folder / "report.json"
     params, state, meta = begin(args, recipe, net, folder, images, xp)
     args.begun = args.resume  # whether a checkpoint of this run is there
     if args.tf32:
@@ -402,7 +402,7 @@ def train(args, recipe, net, folder, data, xp):
         meta["log"].append(line | {"test_accuracy": tested, "seconds": round(seconds, 2)})
         meta["epoch"] = epoch + 1
         if args.ranks.rank == 0:
-            cqsnn.save_model(folder / "model.npz", params, state, meta, before=args.outdated)
+            cqsnn.save_model(model, params, state, meta, stale=report)
             write_json(folder / "log.jsonl", *meta["log"])
         args.begun = True
         text = f"epoch {epoch + 1:3}/{epochs}  {activation:8}  loss {loss:6.4f}  train {right:.4f}"
@@ -411,7 +411,7 @@ def train(args, recipe, net, folder, data, xp):
         rng, meta["finished"] = np.random.default_rng([args.seed, epochs]), True
         cqsnn.take_statistics(net, params, images, recipe, rng, **args.how)
         if args.ranks.rank == 0:
-            cqsnn.save_model(folder / "model.npz", params, state, meta, before=args.outdated)
+            cqsnn.save_model(model, params, state, meta, stale=report)
         args.begun = True
     return params, meta
 
@@ -753,7 +753,7 @@ def convert_and_report(args, recipe, net, params, meta, folder, data):
     convert_other_encoding(args, report, convert, test)
     if args.ranks.rank == 0:
         write_json(folder / "log.jsonl", *meta["log"])  # a kill may have come before the last one
-        cqsnn.save_snn(folder / "snn.npz", networks[0], before=args.outdated)
+        cqsnn.save_snn(folder / "snn.npz", networks[0], stale=folder / "report.json")
         write_json(folder / "report.json", report)
         drawn = draw(folder, report, meta["log"], networks[0], test[0][:20], args.threads)
         files = "model.npz", "snn.npz", "report.json", "log.jsonl", *drawn

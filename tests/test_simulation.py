@@ -1073,10 +1073,6 @@ def test_biases_are_rounded_to_the_nearest_where_the_encoding_changes():
 
 def test_weights_of_nine_bits_are_packed_in_more_than_those_of_eight():
     net, params = random_cnn("3C3-A-4C3s2-FC", (9, 8, 2), 0)
-    sizes = [
-        cqsnn.neurobench(cqsnn.convert(net, params, (9, 8, 2), 4, bits), "streaming", 1, 0, (0, 0))[
-            "Footprint_packed"
-        ]
-        for bits in (8, 9)
-    ]
-    assert sizes[0] < sizes[1]
+    networks = (cqsnn.convert(net, params, (9, 8, 2), 4, bits) for bits in (8, 9))
+    eight, nine = (cqsnn.neurobench(snn, "streaming", 1, 0, (0, 0)) for snn in networks)
+    assert eight["Footprint_packed"] < nine["Footprint_packed"]
