@@ -338,7 +338,6 @@ def check_choice(name, value, choices):
 
 BATCH_NORM_EPS = 1e-5
 WHITEN_EPS = 5e-4  # added to a variance of pixels, white is 1: directions of mere noise stay small
-MOST_GROWN = 1.3  # outputs of `turned_conv` to those of conv: beyond, `add_columns` is faster
 GAMMA_START = 0.4  # most of a layer then lies where the clamp lets gradients pass
 
 
@@ -354,18 +353,6 @@ def pad_borders(x, pad):
 def output_size(shape, size, stride, pad):
     """Return [rows, columns] of what a K x K kernel makes of images of `shape` (N, H, W, C)."""
     return [(n + 2 * pad - size) // stride + 1 for n in shape[1:3]]
-
-
-def windows(x, size, stride):
-    """View x (N, H, W, C) as its kernel windows (N, Ho, Wo, K, K*C); a view of x is copied first.
-    The columns and channels of a window lie next to each other in memory: one axis."""
-    n, _, _, channels = x.shape
-    if x.strides[2:] != (channels * x.itemsize, x.itemsize):
-        x = x.copy()  # such as a transposed view, or images[..., None], whose stride is 0
-    image, row, column, channel = x.strides
-    shape = (n, *output_size(x.shape, size, stride, 0), size, size * channels)
-    strides = (image, row * stride, column * stride, row, channel)
-    return array_module(x).lib.stride_tricks.as_strided(x, shape, strides)
 
 
 def shifted(x, size, stride):
@@ -419,65 +406,115 @@ def column_blocks(x, size, stride, pad, dtype):
             images = slice(start, min(len(x), start + block))
             yield images, im2col(x[images], size, stride, pad, dtype)
         return
-    view = windows(pad_borders(x, pad), size, stride)
-    n, height, width = view.shape[:3]
+    n, (height, width), inside = len(x), output_size(x.shape, size, stride, pad), size * x.shape[3]
+    x = np.ascontiguousarray(pad_borders(x, pad))
+    image, row, column, _ = x.strides  # the last may be anything if there is one channel
+    # columns and channels of a window lie next to each other in memory: one axis
+    shape = n, height, width, size, inside
+    strides = image, row * stride, column * stride, row, x.itemsize
+    view = np.lib.stride_tricks.as_strided(x, shape, strides)
     block = min(n, max(1, 1024 // (height * width)))
-    cols = np.empty((block, *view.shape[1:]), dtype)
+    cols = np.empty((block, *shape[1:]), dtype)
     for start in range(0, n, block):
         part = view[start : start + block]
         cols[: len(part)] = part
-        yield slice(start, start + len(part)), cols[: len(part)].reshape(-1, size * view.shape[4])
+        yield slice(start, start + len(part)), cols[: len(part)].reshape(-1, size * inside)
+
+
+BFLOAT16 = np.uint16  # NumPy has no such type: the bits of one
+
+
+def bfloat16(x):
+    """Round x to bfloat16, the upper half of a float32; ties away from zero."""
+    found = np.empty(x.shape, BFLOAT16)
+    for index in cached_blocks(x.shape):
+        bits = np.ascontiguousarray(x[index], np.float32).view(np.uint32) + np.uint32(2**15)
+        found[index] = np.right_shift(bits, 16, out=bits)
+    return found
+
+
+@functools.cache
+def mkl_product():
+    """Return MKL's product of bfloat16 matrices, in one thread and on a CPU's matrix units (AMX);
+    None where there are none, or no package mkl."""
+    paths = [*Path(sys.prefix).glob("lib/libmkl_rt.so*")]
+    if not paths or "amx_bf16" not in Path("/proc/cpuinfo").read_text():
+        return None
+    mkl = ctypes.CDLL(str(paths[0]))
+    mkl.MKL_Set_Threading_Layer(1)
+    whole, real, matrix = ctypes.c_int, ctypes.c_float, (ctypes.c_void_p, ctypes.c_int)
+    product = mkl.cblas_gemm_bf16bf16f32
+    product.argtypes = *[whole] * 6, real, *matrix, *matrix, real, *matrix
+    return product
+
+
+def bfloat16_matmul(x, w, out, turned=False):
+    """out = x w, or out += x' w, of bfloat16 matrices in float32 sums, by MKL or else NumPy."""
+    if product := mkl_product():
+        (rows, columns), how = out.shape, (101, 111 + turned, 111)  # C's order, x or x', w
+        left, right = (x.ctypes.data, x.shape[1]), (w.ctypes.data, columns)
+        product(*how, rows, columns, len(w), 1, *left, *right, turned, out.ctypes.data, columns)
+        return
+    x, w = ((a.astype(np.uint32) << 16).view(np.float32) for a in (x, w))
+    out[...] = out + x.T @ w if turned else x @ w
+
+
+def half_matmul(x, w, out):
+    """out = x w on a GPU's tensor cores: x (M, K) and w (K, O) float16, out (M, O) float32.
+    Exact while x and w are whole numbers of at most 2,048, w times a power of two, and every sum of
+    absolute products is below 2**24 of it: a product has 22 bits, and float32 adds them."""
+    cuda, rows, outputs = array_module(x).cuda, *out.shape
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    half, single, compute = cuda.runtime.CUDA_R_16F, cuda.runtime.CUDA_R_32F, 68  # in float32
+    left = w.data.ptr, half, outputs  # cuBLAS reads columns first: what it sees is out' = w' x'
+    right = x.data.ptr, half, x.shape[1]
+    sizes = 0, 0, outputs, rows, x.shape[1]  # nothing is turned
+    result = zero.ctypes.data, out.data.ptr, single, outputs
+    handle = cuda.Device().cublas_handle
+    cuda.cublas.gemmEx(handle, *sizes, one.ctypes.data, *left, *right, *result, compute, -1)
+
+
+def carried(x, w):
+    """Return x in the type of weights w, how matrices of it are multiplied, and the type of sums,
+    which is float32 at least."""
+    short = {np.float16: half_matmul, BFLOAT16: bfloat16_matmul}
+    x = bfloat16(x) if w.dtype == BFLOAT16 != x.dtype else x
+    return x, short.get(w.dtype.type, array_module(w).matmul), np.promote_types(w.dtype, np.float32)
 
 
 def conv(x, w, stride, pad):
     """Convolve: z[n,i,j,o] = sum_klc x[n, i*stride+k-pad, j*stride+l-pad, c] w[k,l,c,o].
     im2col, then one matrix product. x (N, H, W, C) of any real type is carried in the type of
     w (K, K, C, O). Returns z (N, Ho, Wo, O), cache."""
-    xp, size, outputs = array_module(x), len(w), w.shape[-1]
-    z = xp.empty((len(x), *output_size(x.shape, size, stride, pad), outputs), w.dtype)
+    size, outputs, (x, multiply, kind) = len(w), w.shape[-1], carried(x, w)
+    z = array_module(x).empty((len(x), *output_size(x.shape, size, stride, pad), outputs), kind)
     for images, rows in column_blocks(x, size, stride, pad, w.dtype):
-        xp.matmul(rows, w.reshape(-1, outputs), out=z[images].reshape(-1, outputs))
+        multiply(rows, w.reshape(-1, outputs), out=z[images].reshape(-1, outputs))
     return z, (x, w, stride, pad)
 
 
 def conv_backward(dz, cache, input_gradient=True):
-    """dw = cols' dz, and dcols = dz w' adds up in dx where the rows of cols were copied from; or,
-    where that is less work, dx is a convolution again: see `turned_conv`.
+    """dw = cols' dz; dx is a convolution again, see `turned_conv`.
     Returns dx (None unless input_gradient), {"w": dw}."""
     x, w, stride, pad = cache
-    xp, flat = array_module(x), w.reshape(-1, w.shape[3])
-    dw, dx, reach = xp.zeros(flat.shape, w.dtype), None, -(-len(w) // stride) - 1
-    beyond = min(reach, pad) if stride == 1 else 0  # border of `turned_conv` that nobody asks for
-    grown = math.prod(n + reach - 2 * beyond for n in dz.shape[1:3])
-    scatter = input_gradient and grown > MOST_GROWN * math.prod(dz.shape[1:3])
-    if scatter:
-        dx = xp.zeros((len(x), *(n + 2 * pad for n in x.shape[1:3]), x.shape[3]), w.dtype)
+    dz, multiply, kind = carried(dz, w)
+    dw = array_module(x).zeros((w.size // w.shape[3], w.shape[3]), kind)
     for images, rows in column_blocks(x, len(w), stride, pad, w.dtype):
         part = dz[images].reshape(-1, w.shape[3])
-        dw += rows.T @ part
-        if scatter:
-            add_columns(xp.matmul(part, flat.T, out=rows), dx[images], len(w), stride)
-    if scatter:
-        dx = dx[:, pad : dx.shape[1] - pad, pad : dx.shape[2] - pad]
-    elif input_gradient:
-        dx = turned_conv(dz, w, stride, pad, beyond, x.shape)
+        if multiply is bfloat16_matmul:
+            multiply(rows, part, dw, turned=True)
+        else:
+            dw += rows.T @ part
+    dx = turned_conv(dz, w, stride, pad, x.shape) if input_gradient else None
     return dx, {"w": dw.reshape(w.shape)}
 
 
-def add_columns(cols, dx, size, stride):
-    """Add im2col's rows (N*Ho*Wo, K*K*C) to the pixels of dx (N, H, W, C) that they are of, in
-    place. Windows that are K or more columns apart do not overlap: those are added at once."""
-    view, apart = windows(dx, size, stride), -(-size // stride)
-    cols = cols.reshape(view.shape)
-    for k, first in itertools.product(range(size), range(apart)):
-        view[:, :, first::apart, k] += cols[:, :, first::apart, k]
-
-
-def turned_conv(dz, w, stride, pad, beyond, shape):
+def turned_conv(dz, w, stride, pad, shape):
     """dx[n,y,x,c] = sum of dz[n,i,j,o] w[k,l,c,o] where i*stride+k-pad = y, and l likewise: a
     convolution of stride 1 of dz with the kernel turned about, which gives every phase of the image
-    as channels (see `phase_taps`), less `beyond` of its border. Returns dx of `shape`."""
+    as channels (see `phase_taps`), less the border that nobody asks for. Returns dx of `shape`."""
     xp, taps = array_module(dz), phase_taps(w, stride)
+    beyond = min(len(taps) - 1, pad) if stride == 1 else 0
     turned = xp.ascontiguousarray(taps[::-1, ::-1].swapaxes(2, 3))
     phases = conv(dz, turned, 1, len(taps) - 1 - beyond)[0]
     n, rows, columns, _ = phases.shape
@@ -486,7 +523,7 @@ def turned_conv(dz, w, stride, pad, beyond, shape):
     reached = wide[:, pad - beyond :, pad - beyond :][:, : shape[1], : shape[2]]
     if reached.shape == shape:
         return reached
-    dx = xp.zeros(shape, w.dtype)  # the stride passes over the last rows or columns
+    dx = xp.zeros(shape, wide.dtype)  # the stride passes over the last rows or columns
     dx[:, : reached.shape[1], : reached.shape[2]] = reached
     return dx
 
@@ -502,29 +539,24 @@ def phase_taps(w, stride):
     return phases.reshape(r, r, stride**2 * channels, outputs)
 
 
-# Winograd's way to m outputs of a kernel of r taps with m + r - 1 products instead of m r:
-# y = A' ((G w) * (B' x)); in two dimensions y = A' ((G w G') * (B' x B)) A (Lavin and Gray, 2016).
-# (m, r): (A', B', G). For two outputs A' and B' only add and subtract, and 4 G w G' is whole where
-# w is; four outputs take fewer products, of sums ten times less accurate: for training alone.
-WINOGRAD = {
-    (2, 2): (((1, 1, 0), (0, 1, 1)), ((1, -1, 0), (0, 1, 0), (0, -1, 1)), ((1, 0), (1, 1), (0, 1))),
-    (2, 3): (
-        ((1, 1, 1, 0), (0, 1, -1, 1)),
-        ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, -1, 0, 1)),
-        ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
-    ),
-    (4, 3): (
-        ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1)),
-        (
-            *((4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0)),
-            *((0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1)),
-        ),
-        (
-            *((1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6)),
-            *((1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1)),
-        ),
-    ),
-}
+def winograd_matrices(m, r):
+    """Return A', B', G of Winograd's way to m outputs of a kernel of r taps with n = m + r - 1
+    products instead of m r: y = A' ((G w) * (B' x)); in two dimensions y = A' ((G w G') * (B' x B))
+    A (Lavin and Gray, 2016). They multiply polynomials by their values at n - 1 points and at
+    infinity. For two outputs A' and B' only add and subtract, and 4 G w G' is whole where w is;
+    four take fewer products, of sums ten times less accurate: for training alone."""
+    n, points = m + r - 1, np.array((0.0, 1, -1, 2, -2)[: m + r - 2])
+    a, b, g = np.zeros((m, n)), np.zeros((n, n)), np.zeros((n, r))
+    for i, p in enumerate(points):
+        others = points[points != p]
+        apart = math.prod(p - others)
+        a[:, i], g[i] = p ** np.arange(m), p ** np.arange(r) / abs(apart)
+        b[i, :-1] = np.sign(apart) * np.poly(others)[::-1]
+    a[-1, -1], b[-1], g[-1, -1] = 1, np.poly(points)[::-1], 1
+    return a, b, g
+
+
+WINOGRAD = {size: winograd_matrices(*size) for size in ((2, 2), (2, 3), (4, 3))}  # by (m, r)
 # With fewer channels passes over memory cost what products save, with fewer tiles in a shard those
 # over the weights do: measured. So is the number of bytes of tiles that are worked at a time.
 WINOGRAD_CHANNELS, WINOGRAD_TILES, WINOGRAD_BYTES = 128, {2: 64, 4: 48}, 2**22  # by m
@@ -1175,13 +1207,11 @@ def linear(layer, x, w):
 
 def linear_backward(layer, dz, cache, input_gradient=True):
     """Return dx and {"w": dw} of `linear`."""
-    if isinstance(cache[1], WinogradKernel):
-        return winograd_backward(dz, cache, input_gradient)
     if layer.kind == "conv":
-        return conv_backward(dz, cache, input_gradient)
-    if layer.kind == "depthwise":
-        return depthwise_backward(dz, cache)
-    return (sum_pool_backward if layer.kind == "pool" else dense_backward)(dz, cache)
+        tiled = isinstance(cache[1], WinogradKernel)
+        return (winograd_backward if tiled else conv_backward)(dz, cache, input_gradient)
+    others = {"depthwise": depthwise_backward, "pool": sum_pool_backward, "dense": dense_backward}
+    return others[layer.kind](dz, cache)
 
 
 def applied_weights(layer, w, shape):
@@ -1257,7 +1287,7 @@ def outputs_backward(net, tape, i, da, k):
 @one_blas_thread
 def forward(
     net, params, x, activation="clamp", levels=None, shift=0.0, rng=None,
-    threads=None, momentum=0.1, ranks=ALONE,
+    threads=None, momentum=0.1, ranks=ALONE, bf16=False,
 ):  # fmt: skip
     """Run the CNN on x (N, H, W, C), floats in [0, 1]; return logits (N, classes) and a tape.
     activation is "relu", "clamp" or "quantize" (with levels L and shift 0 or 1/2). A Generator
@@ -1275,7 +1305,9 @@ def forward(
         # the batch's first shard, not a rank's: every rank takes the same algorithm
         few = parts[0].stop, *zs[0].shape[1:]
         w = None if layer.kind == "pool" else applied_weights(layer, p["w"], few[1:]) / unit
-        if m := tile_size(layer, w, few, rng is not None):
+        if bf16 and i > 0 and layer.kind == "conv":  # pixels have more bits
+            w = bfloat16(w)
+        elif m := tile_size(layer, w, few, rng is not None):
             w = winograd_kernel(w, layer.stride, m)
         counted = layer.norm and rng is not None
 
@@ -1445,6 +1477,8 @@ class Recipe:
     steps: int = 32
     levels: int = 32
     shift: float = 0.0
+    tf32: bool = False  # products in TF32 (`use_tf32`)
+    bf16: bool = False  # products of convolutions, but the first one's, in bfloat16
 
     @property
     def stages(self):
@@ -1572,7 +1606,8 @@ def train_epoch(
         pixels = augment(images[chosen], mirrored[chosen], *changes, ours)
         x = xp.empty((len(chosen), *pixels.shape[1:]), np.float32)  # filled where forward reads it
         x[ours] = network_input(pixels, recipe.steps, recipe.encoding)
-        logits, tape = forward(net, params, x, *recipe.how(activation), rng, threads, ranks=team)
+        how = {"threads": threads, "ranks": team, "bf16": recipe.bf16}
+        logits, tape = forward(net, params, x, *recipe.how(activation), rng, **how)
         batch_loss, dlogits = cross_entropy(logits, labels[chosen], recipe.smoothing)
         first = (origin < 0) & ~xp.isfinite(batch_loss)
         origin = xp.where(first, first_not_finite(net, params, tape, logits), origin)
@@ -1621,7 +1656,6 @@ def accuracy(net, params, images, labels, recipe, activation, batch=250, threads
 
 LAYER_ARRAYS = ("w", "b", "theta", "v0")
 ENCODINGS = ("spikes", "direct")
-HALF_WHOLE = 2048  # whole numbers up to this, of either sign, are exact in half precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -1651,12 +1685,6 @@ class SpikingLayer:
     def factor(self):
         """The largest power of two, up to 16, that divides all weights: F, or more."""
         return math.gcd(int(np.bitwise_or.reduce(self.w, axis=None)), 16)
-
-    @functools.cached_property
-    def quotients(self):
-        """w / factor as int16, or None where half precision does not hold them."""
-        exact = max(self.w.max(), -int(self.w.min())) <= HALF_WHOLE * self.factor
-        return np.ascontiguousarray(self.w // self.factor, np.int16) if exact else None
 
     @functools.cached_property
     def winograd(self):
@@ -1703,8 +1731,7 @@ def fold(net, params, shape):
     folded, names = [], ("w", "b", "gamma", "beta", "mean", "var")
     shapes = [shape, *output_shapes(net, shape, len(params[f"{len(net) - 1}.b"]))]
     for i, (layer, before) in enumerate(zip(net, shapes)):
-        p = {n: params[f"{i}.{n}"] for n in names if f"{i}.{n}" in params}
-        p = {n: to_host(a).astype(np.float64) for n, a in p.items()}
+        p = {n: to_host(params[k]).astype(np.float64) for n in names if (k := f"{i}.{n}") in params}
         w, b = p.get("w"), p.get("b")
         if layer.norm:
             scale = p["gamma"] / np.sqrt(p["var"] + BATCH_NORM_EPS)
@@ -1931,69 +1958,41 @@ def integer_forward(snn, k0, threads=None):
     return Reference([xp.concatenate(parts) for parts in zip(*counts)], xp.concatenate(logits))
 
 
-def half_matmul(x, w, out, unit):
-    """out = unit x w on a GPU's tensor cores: x (M, K) and w (K, O) float16, out (M, O) float32.
-    Exact while x and w hold whole numbers of at most 2,048, every sum of absolute products
-    stays below 2**24 and unit is a power of two: a product has 22 bits, and float32 adds them."""
-    cuda, rows, outputs = array_module(x).cuda, *out.shape
-    one, zero = np.full(1, unit, np.float32), np.zeros(1, np.float32)
-    half, single, compute = cuda.runtime.CUDA_R_16F, cuda.runtime.CUDA_R_32F, 68  # in float32
-    left = w.data.ptr, half, outputs  # cuBLAS reads columns first: what it sees is out' = w' x'
-    right = x.data.ptr, half, x.shape[1]
-    sizes = 0, 0, outputs, rows, x.shape[1]  # nothing is turned
-    result = zero.ctypes.data, out.data.ptr, single, outputs
-    handle = cuda.Device().cublas_handle
-    cuda.cublas.gemmEx(handle, *sizes, one.ctypes.data, *left, *right, *result, compute, -1)
-
-
-def half_linear(layer, x, w):
-    """`linear` by `half_matmul`, with the quotients w of a convolution or a dense layer."""
-    xp, unit = array_module(x), layer.factor
-    if layer.kind == "dense":
-        z = xp.empty((len(x), w.shape[1]), np.float32)
-        half_matmul(xp.ascontiguousarray(x.reshape(len(x), -1), np.float16), w, z, unit)
-        return z
-    geometry, matrix = (layer.size, layer.stride, layer.pad), w.reshape(-1, w.shape[3])
-    z = xp.empty((len(x), *output_size(x.shape, *geometry), w.shape[3]), np.float32)
-    for images, cols in column_blocks(x, *geometry, np.float16):
-        half_matmul(cols, matrix, z[images].reshape(-1, w.shape[3]), unit)
-    return z
-
-
 class Sums:
     """The weights of layer i and its bias, in types that hold its sums exactly: of inputs up to
     `largest`, with `steps` times the bias. `images` is how many are worked at once.
     Where all weights hold the factor F, so do sums of products: a float holds them as well as their
-    quotients by F. On a GPU `half_matmul` takes these where it is exact, and multiplies F back."""
+    quotients by F. Where shorter floats do, a convolution takes those: `half_matmul` on a GPU,
+    `bfloat16_matmul` where MKL has it."""
 
     def __init__(self, snn, i, xp, largest, steps, images, integer=None):
         layer = self.layer = snn.layers[i]
         self.integer = integer or integer_dtype(largest_sum(layer, largest, steps))
-        b = xp.asarray(0 if layer.b is None else layer.b, self.integer)
-        self.b = xp.zeros(snn.shapes[i + 1][-2:], self.integer) + b  # (W, O): long rows add faster
+        b = xp.zeros(snn.shapes[i + 1][-2:], self.integer)  # (W, O): long rows add faster
+        self.b = b if layer.b is None else b + xp.asarray(layer.b, self.integer)
         bound = largest_sum(layer, largest, 0)
         if xp is not np:
             use_tf32(False)
         if layer.w is None:
             self.w = xp.ones((), exact_dtype(bound))
             return
-        self.of_spikes = largest == 1
+        self.of_spikes, carrier = largest == 1, exact_dtype(bound // layer.factor)
+        # halves and bfloat16 have every whole number up to these
+        most = 2048 if xp is not np else 256 if mkl_product() else 0
+        whole = max(largest, max(int(layer.w.max()), -int(layer.w.min())) // layer.factor)
+        if layer.kind == "conv" and carrier is np.float32 and whole <= most:
+            self.w = bfloat16(layer.w) if xp is np else xp.asarray(layer.w).astype(np.float16)
+            return
         if xp is np and tile_size(layer, layer.w, (images, *snn.shapes[i])):
             self.w, bound_of_one = layer.winograd  # whole multiples of factor / 4
             if bound_of_one * largest * 4 / layer.factor < 2**24:
                 return
-        carrier = exact_dtype(bound // layer.factor)
-        half = xp is not np and carrier is np.float32 and layer.kind != "depthwise"
-        w = layer.quotients if half and largest <= HALF_WHOLE else None  # they are made once
-        self.w = xp.asarray(layer.w, carrier) if w is None else xp.asarray(w).astype(np.float16)
+        self.w = xp.asarray(layer.w, carrier)
 
     def products(self, x):
         """Return w . x, whole numbers carried by floats, for x (N, ...)."""
-        if getattr(self.w, "dtype", None) == np.float16:
-            return half_linear(self.layer, x, self.w)
-        if isinstance(self.w, WinogradKernel) and self.of_spikes and x.dtype == np.uint8:
-            x = x.view(np.int8)
-        return linear(self.layer, x, self.w)[0]
+        signed = isinstance(self.w, WinogradKernel) and self.of_spikes and x.dtype == np.uint8
+        return linear(self.layer, x.view(np.int8) if signed else x, self.w)[0]
 
     def __call__(self, x, steps):
         """Return w . x + b * steps as integers."""

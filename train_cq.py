@@ -92,7 +92,6 @@ def parser():
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"))
     run.add_argument("--threads", type=int, metavar="N", help="on a CPU (default: every core)")
-    run.add_argument("--tf32", action="store_true", help="train in TF32, of 11 bits (a GPU)")
     text = "the run folder (default: runs/DATASET-NET); of --simulate: where to write, if at all"
     run.add_argument("--out", metavar="DIR", help=text)
     text = "begin with these weights: a PyTorch state dict (.npz, .safetensors) or a model.npz"
@@ -140,6 +139,9 @@ def add_recipe_options(p):
     p.add_argument("--most-weight", type=float, metavar="X", help=text)
     text = "let the first convolution start as what decorrelates patches of images"
     p.add_argument("--whiten", action=argparse.BooleanOptionalAction, help=text)
+    short = {"tf32": "TF32, of 11 bits: a GPU", "bf16": "bfloat16, of 8: AMX, package mkl"}
+    for name, text in short.items():
+        p.add_argument(f"--{name}", action="store_const", const=True, help=f"train in {text}")
 
 
 # lowest and highest values of a recipe's numbers
@@ -181,9 +183,8 @@ def check_arguments(args, steps):
     for x in args.head_start or ():
         if not -100 <= x < 1:
             raise ValueError(f"--head-start: {x}, expected -100 to below 1")
-    for name in ("limit", "threads"):
-        if getattr(args, name) is not None:
-            cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
+    for name in (n for n in ("limit", "threads") if getattr(args, n) is not None):
+        cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
     if args.schedule is None:
         own = DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
         every = own if args.record is None else ["streaming"]
@@ -363,7 +364,6 @@ def begin(args, recipe, net, folder, images, xp):
     shape, names = images.shape[1:], ("dataset", "seed", "limit", "hold_out", "init")
     settings = {name: getattr(args, name) for name in names} | asdict(recipe)
     settings["init"] = args.init and os.path.normpath(args.init)
-    settings |= {"tf32": True} if args.tf32 else {}  # all that decides the bits of a run
     params = cqsnn.init_params(net, shape, classes, np.random.default_rng(args.seed))
     if recipe.whiten:
         few = cqsnn.network_input(cqsnn.to_host(images[:5000]), recipe.steps, recipe.encoding)
@@ -385,7 +385,7 @@ def train(args, recipe, net, folder, data, xp):
     model, report = folder / "model.npz", folder / "report.json"
     params, state, meta = begin(args, recipe, net, folder, images, xp)
     args.begun = args.resume  # whether a checkpoint of this run is there
-    if args.tf32:
+    if recipe.tf32:
         cqsnn.use_tf32(True)  # until a network of whole numbers forbids it
     ahead = forecast(args, recipe, net, params, data, epochs - meta["epoch"])
     print("about {} of training and {} of simulation ahead".format(*map(duration, ahead)))
@@ -430,13 +430,12 @@ def simulate(args, snn, test, brief=False):
         exact, rows = cqsnn.evaluate(snn, *test, schedules, progress=progress.update, **args.how)
     macs = cqsnn.macs(snn)
     figures = {name: {s: row[name] for s, row in rows.items()} for name in rows[schedules[0]]}
-    seconds = {"simulate": figures.pop("seconds")}
     found = {"integer_accuracy": exact, "snn_accuracy": figures.pop("accuracy")} | figures
     first = macs[0] if snn.encoding == "direct" else 0
     found |= {"macs_per_image": sum(macs), "input_macs_per_image": first}
     spent = {"cnn": (0, sum(macs))} | {s: (n, first) for s, n in found["synops_per_image"].items()}
     found["energy_model_nj"] = {s: (PJ_ADD * a + PJ_MAC * m) / 1000 for s, (a, m) in spent.items()}
-    return found | {"images": len(test[0]), "seconds": seconds}
+    return found | {"images": len(test[0]), "seconds": {"simulate": figures["seconds"]}}
 
 
 def network_label(snn, levels):
@@ -526,9 +525,9 @@ def draw_curve(pyplot, report):
         axes.plot(steps, curve, label=schedule_label(name), **style)
     exact = report["integer_accuracy"]
     axes.axhline(exact, color="0.5", linewidth=0.8, label=f"integer CNN ({exact:.4f})")
-    axes.set_xlabel("time steps since the image appeared")
+    title = f"{report['dataset']}: accuracy over time, T = {report['steps']}"
+    axes.set(xlabel="time steps since the image appeared", title=title)
     axes.set_ylabel(f"accuracy ({report['images']:,} test images)")
-    axes.set_title(f"{report['dataset']}: accuracy over time, T = {report['steps']}")
     axes.legend(loc="lower right")
     return figure
 
@@ -787,9 +786,8 @@ def convert_other_encoding(args, report, convert, test):
     except ValueError as error:  # what was asked for is done
         print(f"\n{encoding} input is left out: {error}")
         return
-    few = [a[:OTHER_IMAGES] for a in test]
     report["other_encoding"] = {"encoding": encoding, "head_start": snn.head_start}
-    report["other_encoding"] |= simulate(args, snn, few)
+    report["other_encoding"] |= simulate(args, snn, [a[:OTHER_IMAGES] for a in test])
     same = {name: report[name] for name in ("levels", "hold_out")}
     print_result(args.dataset, snn, same | report["other_encoding"])
 
@@ -800,8 +798,10 @@ def train_and_convert(args):
     net = cqsnn.with_dropout(cqsnn.network(recipe.net, "--net"), recipe.dropout)
     check_arguments(args, recipe.steps)
     xp, args.device_name = array_library(args.device, args.ranks.local)
-    if args.tf32 and xp is np:
+    if recipe.tf32 and xp is np:
         raise ValueError(f"--tf32: training on a CPU ({args.device_name}), expected a GPU")
+    if recipe.bf16 and (xp is not np or cqsnn.mkl_product() is None):
+        raise ValueError(f"--bf16: {args.device_name}, expected a CPU with AMX, and package mkl")
     data = load_data(args, xp)
     shape = data[0][0].shape[1:]
     cqsnn.output_shapes(net, shape, 2)  # refuse images that the network cannot take, first
@@ -910,7 +910,7 @@ def explain_image(args, snn, test, schedule, index):
 def simulate_file(args):
     """Simulate an SNN file on a data set's test images, at its own T or at --steps."""
     training, defaults = set(asdict(Recipe(""))) - {"steps", "levels", "encoding"}, parser()
-    for name in sorted(training | {"weight_bits", "channel_scales", "init", "resume", "tf32"}):
+    for name in sorted(training | {"weight_bits", "channel_scales", "init", "resume"}):
         if getattr(args, name) is not defaults.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: of training, expected no --simulate")
     path = args.export_nir

@@ -6,7 +6,9 @@
 Training steps against PyTorch, simulation against SpikingJelly, each engine in a process of its own
 and in turns (ours, peer, ours, peer ...) while nothing else runs; growth of time and memory with T,
 batch and depth; start-up; and the machine's own speed, of which the table gives fractions. A peer
-whose gradients or spike counts are not ours is not timed. Virtual environments for the peers are
+whose gradients or spike counts are not ours is not timed. Where the package mkl is installed and the CPU
+has AMX, training is measured in bfloat16 as well, PyTorch's under autocast, and simulation of ours
+takes it. Virtual environments for the peers are
 made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.md (the table; under
 names of their own with --quick or --only), and *.partial.* until all is measured.
 Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg and simulate-vgg alone have
@@ -193,6 +195,10 @@ def engines(case, device, peer_python, at_once):
     if case.kind == "simulate":
         told = {"schedule": "synchronous"}
         found["ours, synchronous"] = Engine(sys.executable, "peer_cqsnn.py", told, {})
+    if case.kind == "train" and device == "cpu" and cqsnn.mkl_product():
+        for name in [name for name in found if name == "ours" or name.endswith("kept")]:
+            told = found[name].told | {"bf16": True}
+            found[f"{name}, bfloat16"] = found[name]._replace(told=told)
     if case.kind == "train":
         for name in cqsnn.OPTIMIZERS:
             told = {"kind": "optimizer", "optimizer": name}
@@ -371,11 +377,15 @@ def verdict_lines(case, rows):
     if "ours" not in rows:
         return
     peers = [name for name in rows if not name.startswith("ours")]
-    for kept in (False, True):
-        same = [name for name in peers if name.endswith("kept") == kept]
-        if same:
+    for ours, endings in (("ours", LAYOUTS), ("ours", ("kept",)), ("ours, bfloat16", ("bfloat16",))):
+        same = [name for name in peers if name.endswith(endings)]
+        if same and ours in rows:
             best = min(same, key=lambda name: statistics.median(rows[name]["seconds"]))
-            yield f"- ours against {best}: {spread(ratios(rows['ours'], rows[best]))} times as fast"
+            times = spread(ratios(rows[ours], rows[best]))
+            yield f"- {ours} against {best}: {times} times as fast"
+    if "ours, bfloat16" in rows:
+        times = spread(ratios(rows["ours, bfloat16"], rows["ours"]))
+        yield f"- ours, bfloat16 against ours in float32: {times} times as fast"
     if "ours, synchronous" in rows:
         quicker = [r / case.steps for r in ratios(rows["ours, synchronous"], rows["ours"])]
         yield f"- synchronous over streaming images/s, over T: {spread(quicker)}, target 0.5"
@@ -465,6 +475,7 @@ def versions(xp, peer_python):
     told = subprocess.run([peer_python, "-c", code], capture_output=True, text=True, check=True)
     ours = {f"our {n}": importlib.metadata.version(n) for n in ("numpy", "threadpoolctl")}
     ours |= {} if xp is np else {"our cupy": xp.__version__}  # its packages have several names
+    ours |= {"our mkl": importlib.metadata.version("mkl")} if cqsnn.mkl_product() else {}
     peers = dict(zip(names, told.stdout.split()))
     return {"python": platform.python_version(), "cqsnn": cqsnn.__version__, **ours, **peers}
 

@@ -47,7 +47,7 @@ def train(case, xp):
         for start in range(0, len(x), case["batch"]):
             part = slice(start, start + case["batch"])
             how = ("quantize", case["steps"], 0.0, rng)
-            logits, tape = cqsnn.forward(net, params, x[part], *how)
+            logits, tape = cqsnn.forward(net, params, x[part], *how, bf16=case.get("bf16", False))
             _, dlogits = cqsnn.cross_entropy(logits, labels[part])
             grads = cqsnn.backward(net, params, tape, dlogits)
             del tape  # as train_epoch does: its memory serves the next batch

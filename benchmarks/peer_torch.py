@@ -124,7 +124,9 @@ def train(case, device):
     def step(start):
         part = slice(start, start + case["batch"])
         net.zero_grad()  # sets gradients to None: nothing is written
-        functional.cross_entropy(net(x[part]), labels[part]).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=case.get("bf16", False)):
+            loss = functional.cross_entropy(net(x[part]), labels[part])
+        loss.backward()
         if adam:
             adam.step()
 

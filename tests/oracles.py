@@ -1,10 +1,12 @@
 """Slow references for layers: loops over every index, and central differences."""
 
 import contextlib
+import ctypes
 import itertools
 from unittest import mock
 
 import numpy as np
+import pytest
 
 import cqsnn
 
@@ -12,7 +14,34 @@ import cqsnn
 def winograd_at_any_size(wanted):
     """While this lasts, and if wanted, layers of every size take Winograd's algorithm."""
     sizes = {"WINOGRAD_CHANNELS": 1, "WINOGRAD_TILES": {2: 0, 4: 0}, "WINOGRAD_BYTES": 2**14}
-    return mock.patch.multiple(cqsnn, **sizes) if wanted else contextlib.nullcontext()
+    how = sizes | {"mkl_product": lambda: None}
+    return mock.patch.multiple(cqsnn, **how) if wanted else contextlib.nullcontext()
+
+
+def array_at(address, kind, rows, columns):
+    """The array (rows, columns) of a ctypes type that lies at an address."""
+    return np.ctypeslib.as_array((kind * (rows * columns)).from_address(address)).reshape(rows, -1)
+
+
+def mkl_stand_in(
+    order, turned, plain, rows, columns, inner, one, x, wide, w, across, add, z, width
+):
+    """What MKL documents of cblas_gemm_bf16bf16f32, for matrices that lie row by row:
+    z = x w + add z, with x or its transpose; no z is read where add is 0."""
+    assert (order, plain, one, across, width) == (101, 111, 1, columns, columns)
+    assert (turned, wide, add) in ((111, inner, 0), (112, rows, 1))
+    x = array_at(x, ctypes.c_uint16, rows * inner // wide, wide)
+    w, z = array_at(w, ctypes.c_uint16, inner, across), array_at(z, ctypes.c_float, rows, width)
+    x, w = ((a.astype(np.uint32) << 16).view(np.float32).astype(np.float64) for a in (x, w))
+    z[...] = z + x.T @ w if add else x @ w
+
+
+def multiplied_by(way):
+    """While this lasts, products of bfloat16 are NumPy's, MKL's or those of its stand-in."""
+    product = {"numpy": lambda: None, "stand-in": lambda: mkl_stand_in, "mkl": cqsnn.mkl_product}
+    if way == "mkl" and cqsnn.mkl_product() is None:
+        pytest.skip("no package mkl, or a CPU without AMX")
+    return mock.patch.object(cqsnn, "mkl_product", product[way])
 
 
 def loop_conv(x, w, stride, pad):

@@ -99,12 +99,12 @@ def test_moments_kernel_cancels_nothing(mean, first):
     np.testing.assert_allclose(found[1], z.var((0, 1, 2), dtype=float), rtol=1e-5)
 
 
-def dense_sums(xp, w, largest_input, unit=1, theta=1, b=0, integer=None):
-    """Sums of a dense layer with weights w (in, O), which hold the factor unit."""
-    w = np.array(w, np.int32)
-    b, zero = np.zeros(w.shape[1], np.int32) + np.int32(b), np.int32(0)
-    layer = cqsnn.SpikingLayer("dense", 1, 1, 0, True, w, b, np.asarray(theta, np.int32), zero)
-    snn = cqsnn.SpikingNetwork(9, w.shape[:1], w.shape[1], 8, unit, "spikes", (layer,))
+def one_layer_sums(xp, w, largest_input, unit=1, theta=1, b=0, integer=None):
+    """Sums of a convolution of one pixel with weights w (in, O), which hold the factor unit."""
+    w = np.array(w, np.int32)[None, None]
+    b, zero = np.zeros(w.shape[3], np.int32) + np.int32(b), np.int32(0)
+    layer = cqsnn.SpikingLayer("conv", 1, 1, 0, True, w, b, np.asarray(theta, np.int32), zero)
+    snn = cqsnn.SpikingNetwork(9, w.shape[:3], w.shape[3], 8, unit, "spikes", (layer,))
     return cqsnn.Sums(snn, 0, xp, largest_input, 1, 1, integer)
 
 
@@ -112,7 +112,7 @@ def fired(xp, products, b, v, theta, steps):
     """Spikes, potentials and counts of IF neurons under bias b (C,) and products (m, N, C), or
     (1, N, C) of every step."""
     nothing = np.zeros((1, v.shape[1]))
-    sums = dense_sums(xp, nothing, 1, theta=theta, b=b, integer=v.dtype.type)
+    sums = one_layer_sums(xp, nothing, 1, theta=theta, b=b, integer=v.dtype.type)
     pop = cqsnn.Population(v.shape, sums, sums, None, 9, 0, 9, False)
     pop.v, spikes = xp.asarray(v), xp.empty((steps, *v.shape), np.uint8)
     pop.total += 3
@@ -199,7 +199,7 @@ def test_half_products_are_exact_and_the_right_way_round(rows, inner, columns, s
     x //= 4
     with installed() as cupy:
         z = cupy.empty((rows, columns), np.float32)
-        cqsnn.half_matmul(*(cupy.asarray(a, np.float16) for a in (x, w)), z, 4)
+        cqsnn.half_matmul(*(cupy.asarray(a, np.float16) for a in (x, 4 * w)), z)
         assert (z.get() == 4 * (x @ w)).all()
 
 
@@ -212,12 +212,12 @@ def test_half_precision_ends_at_its_bounds():
         *(([2**14, 0], 8, 1024, True), ([2**14, 0], 8, 2**14, False)),
     ):
         with installed() as cupy:
-            sums, x = dense_sums(cupy, [w], largest, unit), np.array([[largest]])
+            sums, x = one_layer_sums(cupy, [w], largest, unit), np.array([[[[largest]]]])
             assert (sums.w.dtype == np.float16) is half
             assert (sums(cupy.asarray(x), 1).get() == x @ [w]).all()
             assert device.Counted.products == half
             assert device.Counted.tf32 == [("float32", "float32")]
-        assert dense_sums(np, [w], largest, unit).w.dtype != np.float16
+        assert one_layer_sums(np, [w], largest, unit).w.dtype != np.float16
 
 
 @given(st.data())
@@ -262,7 +262,7 @@ def test_a_gpu_takes_a_batch_as_one_shard_and_every_rank_all_of_it():
 
 def trained(xp, recipe, n, epochs=(0, 1, 2)):
     """Train a network of NET's kind on n images; return parameters and what epochs report."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)  # no sum is so near a level that other roundings pass it
     params = {k: xp.asarray(a) for k, a in cqsnn.init_params(NET, SHAPE, 3, rng).items()}
     images = xp.asarray(rng.integers(0, 256, (n, *SHAPE)).astype(np.uint8))
     labels, state = xp.asarray(rng.integers(0, 3, n)), {}
@@ -321,7 +321,7 @@ def test_tf32_is_for_training_on_a_gpu_alone(tmp_path, capsys):
         assert device.Counted.tf32[0] == ("float32", "tf32")
         assert {kind for _, kind in device.Counted.tf32[1:]} == {"float32"}  # simulation
         assert train_cq.main([*quick, "--device", "gpu", "--resume"]) == 2
-    assert "holds a run with tf32 True, found None" in capsys.readouterr().err
+    assert "holds a run with tf32 True, found False" in capsys.readouterr().err
 
 
 def test_weights_that_lie_column_by_column_give_the_same_sums_on_a_device(tmp_path):
