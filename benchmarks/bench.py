@@ -6,11 +6,11 @@
 Training steps against PyTorch, simulation against SpikingJelly, each engine in a process of its own
 and in turns (ours, peer, ours, peer ...) while nothing else runs; growth of time and memory with T,
 batch and depth; start-up; and the machine's own speed, of which the table gives fractions. A peer
-whose gradients or spike counts are not ours is not timed. Where the package mkl is installed and the CPU
-has AMX, training is measured in bfloat16 as well, PyTorch's under autocast, and simulation of ours
-takes it. Virtual environments for the peers are
-made in --envs. --out writes bench-DEVICE.json (every sample) and bench-DEVICE.md (the table; under
-names of their own with --quick or --only), and *.partial.* until all is measured.
+whose gradients or spike counts are not ours is not timed. Where the package mkl is installed and
+the CPU has AMX, training is measured in bfloat16 as well (PyTorch's by autocast), and our
+simulations take it. Virtual environments for the peers are made in --envs. --out writes
+bench-DEVICE.json (every sample) and bench-DEVICE.md (the table; under names of their own with
+--quick or --only), and *.partial.* until all is measured.
 Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg and simulate-vgg alone have
 been run: see results/gpu.md.
 """
@@ -377,8 +377,9 @@ def verdict_lines(case, rows):
     if "ours" not in rows:
         return
     peers = [name for name in rows if not name.startswith("ours")]
-    for ours, endings in (("ours", LAYOUTS), ("ours", ("kept",)), ("ours, bfloat16", ("bfloat16",))):
-        same = [name for name in peers if name.endswith(endings)]
+    pairs = ("ours", LAYOUTS), ("ours", "memory kept"), ("ours, bfloat16", "bfloat16")
+    for ours, ending in pairs:
+        same = [name for name in peers if name.endswith(ending)]
         if same and ours in rows:
             best = min(same, key=lambda name: statistics.median(rows[name]["seconds"]))
             times = spread(ratios(rows[ours], rows[best]))
