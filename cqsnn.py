@@ -410,11 +410,10 @@ def column_blocks(x, size, stride, pad, dtype):
     x = np.ascontiguousarray(pad_borders(x, pad))
     image, row, column, _ = x.strides  # the last may be anything if there is one channel
     # columns and channels of a window lie next to each other in memory: one axis
-    shape = n, height, width, size, inside
-    strides = image, row * stride, column * stride, row, x.itemsize
-    view = np.lib.stride_tricks.as_strided(x, shape, strides)
+    how = (n, height, width, size, inside), (image, row * stride, column * stride, row, x.itemsize)
+    view = np.lib.stride_tricks.as_strided(x, *how)
     block = min(n, max(1, 1024 // (height * width)))
-    cols = np.empty((block, *shape[1:]), dtype)
+    cols = np.empty((block, *view.shape[1:]), dtype)
     for start in range(0, n, block):
         part = view[start : start + block]
         cols[: len(part)] = part
@@ -1682,9 +1681,11 @@ class SpikingLayer:
         return np.abs(self.w.astype(np.int64)).reshape(-1, self.w.shape[-1]).sum(0)
 
     @functools.cached_property
-    def factor(self):
-        """The largest power of two, up to 16, that divides all weights: F, or more."""
-        return math.gcd(int(np.bitwise_or.reduce(self.w, axis=None)), 16)
+    def factored(self):
+        """The largest power of two, up to 16, that divides all weights, F or more; the largest of
+        |w| over it."""
+        factor = math.gcd(int(np.bitwise_or.reduce(self.w, axis=None)), 16)
+        return factor, max(int(self.w.max()), -int(self.w.min())) // factor
 
     @functools.cached_property
     def winograd(self):
@@ -1976,16 +1977,16 @@ class Sums:
         if layer.w is None:
             self.w = xp.ones((), exact_dtype(bound))
             return
-        self.of_spikes, carrier = largest == 1, exact_dtype(bound // layer.factor)
+        self.of_spikes, (factor, quotient) = largest == 1, layer.factored
+        carrier = exact_dtype(bound // factor)
         # halves and bfloat16 have every whole number up to these
         most = 2048 if xp is not np else 256 if mkl_product() else 0
-        whole = max(largest, max(int(layer.w.max()), -int(layer.w.min())) // layer.factor)
-        if layer.kind == "conv" and carrier is np.float32 and whole <= most:
+        if layer.kind == "conv" and carrier is np.float32 and max(largest, quotient) <= most:
             self.w = bfloat16(layer.w) if xp is np else xp.asarray(layer.w).astype(np.float16)
             return
         if xp is np and tile_size(layer, layer.w, (images, *snn.shapes[i])):
             self.w, bound_of_one = layer.winograd  # whole multiples of factor / 4
-            if bound_of_one * largest * 4 / layer.factor < 2**24:
+            if bound_of_one * largest * 4 / factor < 2**24:
                 return
         self.w = xp.asarray(layer.w, carrier)
 

@@ -123,9 +123,19 @@ MUTATIONS = {
         SIMULATION,
     ),
     "use Winograd's algorithm beyond float32": (
-        "if bound_of_one * largest * 4 / layer.factor < 2**24:",
+        "if bound_of_one * largest * 4 / factor < 2**24:",
         "if bound_of_one:",
         SIMULATION,
+    ),
+    "round to bfloat16 toward zero": (
+        "+ np.uint32(2**15)",
+        "+ np.uint32(0)",
+        "tests/test_bfloat16.py",
+    ),
+    "take bfloat16 for numbers that it has not": (
+        "256 if mkl_product()",
+        "512 if mkl_product()",
+        "tests/test_bfloat16.py",
     ),
     "certify currents that cannot be": (
         "lowest, highest = b - sums(white, -1),",
