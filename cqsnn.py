@@ -2167,7 +2167,7 @@ def simulate(snn, k0, schedule="streaming", record=False, batch=None, chunk=None
     a Run. Time runs in chunks and images in blocks of `batch`, one block a thread; neither changes
     any bit. Memory grows with T by logits_over_time, and what `record` keeps, alone."""
     check_input(snn, k0)
-    for name, given in (("batch", batch), ("chunk", chunk)):
+    for name, given in (("batch", batch), ("chunk", chunk), ("threads", threads)):
         check_range(name, 1 if given is None else given, 1, 2**31 - 1)
     xp, delay = array_module(k0), delay_of(schedule, snn.steps)
     batch, chunk = memory_limits(snn, xp, len(k0), batch, chunk, threads or CORES)
