@@ -1044,3 +1044,58 @@ def test_no_ctrl_c_is_lost_while_a_progress_bar_goes():
     del bar
     sys.setprofile(None)
     assert ("call", "__del__") not in called
+
+
+def test_options_reach_the_training(tmp_path, monkeypatch):
+    """Its network has the dropout; start, every epoch and the statistics draw from the seed."""
+    nets, states, seeds = [], [], []
+    start, epoch = cqsnn.init_params, cqsnn.train_epoch
+    statistics = cqsnn.take_statistics
+
+    def state_of(rng):
+        return rng.bit_generator.state["state"]
+
+    def started(net, shape, classes, rng):
+        states.append(state_of(rng))
+        return start(net, shape, classes, rng)
+
+    def trained(net, params, state, images, labels, recipe, seed, *others, **how):
+        nets.append(net)
+        seeds.append(seed)
+        return epoch(net, params, state, images, labels, recipe, seed, *others, **how)
+
+    def taken(net, params, images, recipe, rng, **how):
+        states.append(state_of(rng))
+        return statistics(net, params, images, recipe, rng, **how)
+
+    for function in (started, trained, taken):
+        name = {started: "init_params", trained: "train_epoch", taken: "take_statistics"}[function]
+        monkeypatch.setattr(cqsnn, name, function)
+    how = ["--net", "4C3-3C3-FC", "--dropout", "0.25", "--seed", "7", "--device", "cpu"]
+    assert train_cq_module.main([*QUICK, *how, "--out", str(tmp_path / "run")]) == 0
+    assert {tuple(getattr(f, "dropout", None) for f in net) for net in nets} == {(0.25, 0.25, None)}
+    assert states == [state_of(np.random.default_rng(s)) for s in (7, [7, 2])]
+    assert len(seeds) == 4 and set(seeds) == {7}  # two for the forecast
+
+
+def test_a_network_of_the_papers_has_a_recipe_of_its_own():
+    def chosen(*options):
+        return train_cq_module.chosen_recipe(train_cq_module.parser().parse_args(options))
+
+    for dataset in ("digits", "cifar10"):
+        found = chosen("--dataset", dataset, "--net", "vgg11")
+        assert (found.optimizer, found.lr, found.batch, found.dropout) == ("muon", 0.09, 256, 0.15)
+    assert chosen("--net", "vgg*", "--dropout", "0", "--lr", "0.1").dropout == 0
+    own = train_cq_module.RECIPES["cifar10"]
+    assert chosen("--dataset", "cifar10", "--net", "4C3-FC") == replace(own, net="4C3-FC")
+
+
+def test_an_encoding_is_changed_before_the_steps(quick, capsys):
+    """at_steps rounds in the units of the encoding that is simulated."""
+    path = quick / "run" / "snn.npz"
+    how = ["--simulate", str(path), "--limit", "9", "--schedule", "1", "--device", "cpu"]
+    options = ["--encoding", "direct", "--steps", "5", "--levels", "9", "--digest"]
+    assert train_cq_module.main([*how, *options]) == 0
+    snn = cqsnn.at_steps(cqsnn.encoded(cqsnn.load_snn(path), "direct"), 5, 9)
+    images = cqsnn.load_dataset("digits")[1][0][:9]
+    assert cqsnn.spike_digest(snn, images, "1") in capsys.readouterr().out

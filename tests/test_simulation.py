@@ -546,7 +546,9 @@ def test_outsize_weights_warn_and_weights_that_do_not_fit_are_refused(channels, 
         cqsnn.convert(net, params, (9, 8, 2), 8)
 
 
-@pytest.mark.parametrize("how", [{"batch": -1}, {"chunk": 0}, {"chunk": 1.5}, {"threads": -1}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"batch": -1}, {"chunk": 0}, {"chunk": 1.5}, {"threads": -1}], ids=str
+)
 def test_a_batch_or_chunk_of_none_is_refused(how):
     net, params = random_cnn("4C3-FC", (9, 8, 2), 0)
     snn = cqsnn.convert(net, params, (9, 8, 2), 8)
