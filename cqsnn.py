@@ -424,7 +424,7 @@ BFLOAT16 = np.uint16  # NumPy has no such type: the bits of one
 
 
 def bfloat16(x):
-    """Round x to bfloat16, the upper half of a float32; ties away from zero."""
+    """Round x to bfloat16, the upper half of a float32: ties away from zero."""
     found = np.empty(x.shape, BFLOAT16)
     for index in cached_blocks(x.shape):
         bits = np.ascontiguousarray(x[index], np.float32).view(np.uint32) + np.uint32(2**15)
@@ -434,17 +434,18 @@ def bfloat16(x):
 
 @functools.cache
 def mkl_product():
-    """Return MKL's product of bfloat16 matrices, in one thread and on a CPU's matrix units (AMX);
-    None where there are none, or no package mkl."""
-    paths = [*Path(sys.prefix).glob("lib/libmkl_rt.so*")]
-    if not paths or "amx_bf16" not in Path("/proc/cpuinfo").read_text():
-        return None
-    mkl = ctypes.CDLL(str(paths[0]))
-    mkl.MKL_Set_Threading_Layer(1)
-    whole, real, matrix = ctypes.c_int, ctypes.c_float, (ctypes.c_void_p, ctypes.c_int)
-    product = mkl.cblas_gemm_bf16bf16f32
-    product.argtypes = *[whole] * 6, real, *matrix, *matrix, real, *matrix
-    return product
+    """Return MKL's product of bfloat16 matrices on a CPU's matrix units (AMX), or None without them
+    or the package mkl in this environment. From then on MKL has one thread in this process."""
+    with contextlib.suppress(StopIteration, OSError, AttributeError):  # none, or one too old
+        if "amx_bf16" in Path("/proc/cpuinfo").read_text():
+            mkl = ctypes.CDLL(str(next(Path(sys.prefix).glob("lib/libmkl_rt.so*"))))
+            whole, real, matrix = ctypes.c_int, ctypes.c_float, (ctypes.c_void_p, ctypes.c_int)
+            product = mkl.cblas_gemm_bf16bf16f32
+            product.argtypes = *[whole] * 6, real, *matrix, *matrix, real, *matrix
+            mkl.MKL_Set_Interface_Layer(0)  # whole numbers of 32 bits
+            mkl.MKL_Set_Threading_Layer(1)
+            return product
+    return None
 
 
 def bfloat16_matmul(x, w, out, turned=False):
@@ -460,8 +461,8 @@ def bfloat16_matmul(x, w, out, turned=False):
 
 def half_matmul(x, w, out):
     """out = x w on a GPU's tensor cores: x (M, K) and w (K, O) float16, out (M, O) float32.
-    Exact while x and w are whole numbers of at most 2,048, w times a power of two, and every sum of
-    absolute products is below 2**24 of it: a product has 22 bits, and float32 adds them."""
+    Exact while x and w are whole numbers of at most 2,048, w times a power of two up to 16, sums of
+    absolute products below 2**24 of it: a product has 22 bits, and float32 adds them."""
     cuda, rows, outputs = array_module(x).cuda, *out.shape
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     half, single, compute = cuda.runtime.CUDA_R_16F, cuda.runtime.CUDA_R_32F, 68  # in float32
@@ -474,8 +475,8 @@ def half_matmul(x, w, out):
 
 
 def carried(x, w):
-    """Return x in the type of weights w, how matrices of it are multiplied, and the type of sums,
-    which is float32 at least."""
+    """Return x, rounded where weights w are in bfloat16; how matrices of their type are multiplied;
+    and the type of sums, float32 at least."""
     short = {np.float16: half_matmul, BFLOAT16: bfloat16_matmul}
     x = bfloat16(x) if w.dtype == BFLOAT16 != x.dtype else x
     return x, short.get(w.dtype.type, array_module(w).matmul), np.promote_types(w.dtype, np.float32)
@@ -1270,8 +1271,7 @@ def outputs(layer, how, unit, norm, z, seed):
 def outputs_backward(net, tape, i, da, k):
     """From what layer i passed on of shard k to its sums: du, in place of da, and what gradients of
     its parameters need: `norm_sums` of a batch normalisation, or sum du of a bias."""
-    layer, entry = net[i], tape[i]
-    inside = None
+    layer, entry, inside = net[i], tape[i], None
     if i + 1 < len(net):
         inside, kept = tape[i + 1].inside[k], tape[i + 1].kept[k]
         da = da if kept is None else dropout_backward(da, kept)[0]
@@ -1291,7 +1291,8 @@ def forward(
     """Run the CNN on x (N, H, W, C), floats in [0, 1]; return logits (N, classes) and a tape.
     activation is "relu", "clamp" or "quantize" (with levels L and shift 0 or 1/2). A Generator
     rng means training: dropout, and batch statistics, which move i.mean and i.var in place by the
-    momentum. A rank reads its own shards of x alone, has a tape of them, and returns all logits.
+    momentum; bf16, on a CPU, rounds operands of every convolution but the first to bfloat16.
+    A rank reads its own shards of x alone, has a tape of them, and returns all logits.
     Shards wait for each other once a layer, where batch normalisation needs them all."""
     check_choice("activation", activation, ACTIVATIONS)
     if (activation == "quantize") != (levels is not None):
@@ -1441,10 +1442,9 @@ def limit_weights(net, params, most):
     for i, layer in enumerate(net):
         if layer.norm and most:
             w, gamma, var = (params[f"{i}.{name}"] for name in ("w", "gamma", "var"))
-            xp = array_module(w)
-            deviation = xp.sqrt(var + BATCH_NORM_EPS)
+            deviation = array_module(w).sqrt(var + BATCH_NORM_EPS)
             largest = abs(w).max(tuple(range(w.ndim - 1))) * abs(gamma) / deviation
-            gamma *= most / xp.maximum(largest, most)
+            gamma *= most / largest.clip(most)
 
 
 def rate_at(progress, peak, ramp=0.1):
@@ -1686,6 +1686,11 @@ class SpikingLayer:
         |w| over it."""
         factor = math.gcd(int(np.bitwise_or.reduce(self.w, axis=None)), 16)
         return factor, max(int(self.w.max()), -int(self.w.min())) // factor
+
+    @functools.cached_property
+    def in_bfloat16(self):
+        """The weights in bfloat16, for where that has them."""
+        return bfloat16(self.w)
 
     @functools.cached_property
     def winograd(self):
@@ -1979,10 +1984,9 @@ class Sums:
             return
         self.of_spikes, (factor, quotient) = largest == 1, layer.factored
         carrier = exact_dtype(bound // factor)
-        # halves and bfloat16 have every whole number up to these
-        most = 2048 if xp is not np else 256 if mkl_product() else 0
+        most = 2048 if xp is not np else 256 if mkl_product() else 0  # exact in short floats
         if layer.kind == "conv" and carrier is np.float32 and max(largest, quotient) <= most:
-            self.w = bfloat16(layer.w) if xp is np else xp.asarray(layer.w).astype(np.float16)
+            self.w = layer.in_bfloat16 if xp is np else xp.asarray(layer.w).astype(np.float16, "C")
             return
         if xp is np and tile_size(layer, layer.w, (images, *snn.shapes[i])):
             self.w, bound_of_one = layer.winograd  # whole multiples of factor / 4
@@ -2208,8 +2212,8 @@ def _run_block(snn, sums, k0, delay, chunk, record):
         logits = over_time[-1][-1]
     spikes = [xp.concatenate(p.kept) for p in populations if record]
     counts, potentials = [p.total for p in populations], [p.v for p in populations if record]
-    synops = synaptic_operations(snn, k0, counts)
-    return counts, xp.concatenate(over_time), spikes, potentials, synops
+    over_time = xp.concatenate(over_time)
+    return counts, over_time, spikes, potentials, synaptic_operations(snn, k0, counts)
 
 
 def fan_out(layer, shape):
@@ -2638,10 +2642,6 @@ def check_network(snn):
             raise ValueError(f"layer {i} fires: {layer.fires}; every layer fires but the last")
     if shape != (snn.classes,):
         raise ValueError(f"the last layer gives {shape}, expected {snn.classes} classes")
-    first = snn.layers[0]
-    waits = snn.encoding == "spikes" and snn.head_start[0] and first.fires and first.w is not None
-    if waits and first.v0.ndim == 0:  # of a version before 2026-11-26, in thresholds
-        raise ValueError(f"array 0.v0: () with a head start, expected {first.b.shape}")
 
 
 def _check_layer(layer, i, shape):

@@ -139,9 +139,9 @@ def add_recipe_options(p):
     p.add_argument("--most-weight", type=float, metavar="X", help=text)
     text = "let the first convolution start as what decorrelates patches of images"
     p.add_argument("--whiten", action=argparse.BooleanOptionalAction, help=text)
-    short = {"tf32": "TF32, of 11 bits: a GPU", "bf16": "bfloat16, of 8: AMX, package mkl"}
+    short = {"tf32": "TF32 (11 bits; a GPU)", "bf16": "bfloat16 (8; a CPU with AMX, package mkl)"}
     for name, text in short.items():
-        p.add_argument(f"--{name}", action="store_const", const=True, help=f"train in {text}")
+        p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"train in {text}")
 
 
 # lowest and highest values of a recipe's numbers
@@ -801,7 +801,7 @@ def train_and_convert(args):
     if recipe.tf32 and xp is np:
         raise ValueError(f"--tf32: training on a CPU ({args.device_name}), expected a GPU")
     if recipe.bf16 and (xp is not np or cqsnn.mkl_product() is None):
-        raise ValueError(f"--bf16: {args.device_name}, expected a CPU with AMX, and package mkl")
+        raise ValueError(f"--bf16: {args.device_name}, expected a CPU with AMX, package mkl here")
     data = load_data(args, xp)
     shape = data[0][0].shape[1:]
     cqsnn.output_shapes(net, shape, 2)  # refuse images that the network cannot take, first

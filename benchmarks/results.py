@@ -140,7 +140,8 @@ def command(report):
         return text
     asked = train_cq.parser().parse_args(words)
     fractions = report.get("head_start", [0, 0])
-    recipe, now = Recipe(**report["recipe"]), asdict(train_cq.chosen_recipe(asked))
+    older = {"tf32": "--tf32" in options}  # of reports before it was of the recipe
+    recipe, now = Recipe(**older | report["recipe"]), asdict(train_cq.chosen_recipe(asked))
     if fractions != list(train_cq.head_start_of(asked, recipe, recipe.encoding)):
         text += " --head-start {:g} {:g}".format(*fractions)
     for name, value in asdict(recipe).items():

@@ -2,18 +2,24 @@
 reads what MKL would be told of."""
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import spiking_oracles as oracle
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import loop_conv, multiplied_by
+from oracles import loop_conv, mkl_stand_in, multiplied_by
 
 import cqsnn
 import train_cq
 
+ROOT = Path(__file__).resolve().parent.parent
 WAYS = ("numpy", "stand-in", "mkl")
 every_way = pytest.mark.parametrize("way", WAYS)
 
@@ -61,15 +67,17 @@ def test_convolution_and_its_adjoint_are_exact_on_whole_numbers(
 
 
 @every_way
-def test_sums_over_many_blocks_add_up(way):
+def test_law_1_backward_is_the_exact_adjoint_over_many_blocks(way):
+    """<dz, conv(v, w)> = <dx, v> and <dz, conv(x, u)> = <dw, u>, with 1,122 rows an image."""
     rng = np.random.default_rng(0)
-    x = rng.integers(-4, 5, (3, 33, 34, 3)).astype(np.float32)  # more than 1,024 rows an image
-    w, dz = rng.integers(-4, 5, (3, 3, 3, 2)), rng.integers(-4, 5, (3, 33, 34, 2))
-    w, dz = w.astype(np.float32), dz.astype(np.float32)
-    exact = cqsnn.conv_backward(dz, cqsnn.conv(x, w, 1, 1)[1])
+    x, v = rng.integers(-4, 5, (2, 2, 33, 34, 2)).astype(np.float32)
+    w, u = rng.integers(-4, 5, (2, 3, 3, 2, 1)).astype(np.float32)
     with multiplied_by(way):
-        found = cqsnn.conv_backward(dz, cqsnn.conv(x, cqsnn.bfloat16(w), 1, 1)[1])
-    assert (found[0] == exact[0]).all() and (found[1]["w"] == exact[1]["w"]).all()
+        z, cache = cqsnn.conv(x, cqsnn.bfloat16(w), 1, 1)
+        dz = rng.integers(-4, 5, z.shape).astype(np.float32)
+        dx, grads = cqsnn.conv_backward(dz, cache)
+    assert (dz * loop_conv(v, w, 1, 1)).sum() == (dx.astype(np.float64) * v).sum()
+    assert (dz * loop_conv(x, u, 1, 1)).sum() == (grads["w"].astype(np.float64) * u).sum()
 
 
 NET, SHAPE = cqsnn.network("4C3-6C3A-5C3-A-FC"), (8, 8, 3)
@@ -127,6 +135,54 @@ def test_law_7_and_8_hold_where_spikes_are_multiplied_in_bfloat16(way, data):
     assert all((a == b).all() for a, b in pairs)
 
 
+def test_law_7_and_8_every_convolution_of_eight_bits_is_multiplied_in_bfloat16():
+    rng, calls = np.random.default_rng(3), []
+
+    def counted(*matrices):
+        calls.append(matrices)
+        mkl_stand_in(*matrices)
+
+    snn = cqsnn.convert(NET, cqsnn.init_params(NET, SHAPE, 4, rng), SHAPE, 16)
+    k0 = rng.integers(0, 17, (3, *SHAPE))
+    with multiplied_by("numpy"):
+        exact = cqsnn.simulate(snn, k0, 2).logits_over_time
+    for chunk in (1, 16):
+        with mock.patch.object(cqsnn, "mkl_product", lambda: counted):
+            found = cqsnn.simulate(snn, k0, 2, chunk=chunk, threads=1).logits_over_time
+        assert (found == exact).all()
+        assert len(calls) >= 3 * 2  # three convolutions, over the delay and after it
+        calls.clear()
+
+
+def test_mkl_is_none_where_it_is_not_there_or_cannot_be_loaded(tmp_path, monkeypatch):
+    found = cqsnn.mkl_product.__wrapped__
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert found() is None
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libmkl_rt.so.2").write_bytes(b"no library")
+    assert found() is None
+
+
+CODE = """
+import numpy as np, cqsnn
+x, w = np.full((3, 5), 2), np.full((5, 7), 3)
+out, threads = np.empty((3, 7), np.float32), len(list(Path("/proc/self/task").iterdir()))
+cqsnn.bfloat16_matmul(cqsnn.bfloat16(x), cqsnn.bfloat16(w), out)
+assert (out == 30).all()
+x, out = cqsnn.bfloat16(np.ones((999, 999))), np.empty((999, 999), np.float32)
+cqsnn.bfloat16_matmul(x, x, out)
+assert (out == 999).all() and len(list(Path("/proc/self/task").iterdir())) == threads
+"""
+
+
+@pytest.mark.parametrize("layer", ["LP64", "ILP64"])
+def test_mkl_has_one_thread_whatever_its_environment_says(layer):
+    with multiplied_by("mkl"):
+        told = os.environ | {"MKL_INTERFACE_LAYER": layer, "MKL_THREADING_LAYER": "INTEL"}
+        code = f"from pathlib import Path\n{CODE}"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=told, check=True)
+
+
 def test_spiking_sums_take_bfloat16_up_to_its_bounds():
     """Weights over F, and inputs, of at most 256; sums below 2**24 F."""
     for w, unit, largest, short in (
@@ -154,8 +210,18 @@ def test_command_line_wants_mkl_and_keeps_to_bfloat16(tmp_path, capsys):
         assert train_cq.main([*quick, "--bf16"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train_cq: --bf16: ")
-    assert line.endswith(", expected a CPU with AMX, and package mkl")
+    assert line.endswith(", expected a CPU with AMX, package mkl here")
     with multiplied_by("stand-in"):
         assert train_cq.main([*quick, "--bf16"]) == 0
         assert train_cq.main([*quick, "--resume"]) == 2
     assert "holds a run with bf16 True, found False" in capsys.readouterr().err
+
+
+def test_a_run_of_a_version_without_bfloat16_goes_on(tmp_path):
+    quick = ["--limit", "40", "--clamp-epochs", "1", "--quantize-epochs", "1", "--steps", "4"]
+    quick += ["--device", "cpu", "--out", str(tmp_path)]
+    assert train_cq.main(quick) == 0
+    params, state, meta = cqsnn.load_model(tmp_path / "model.npz")
+    assert {meta["settings"].pop(name) for name in ("tf32", "bf16")} == {False}
+    cqsnn.save_model(tmp_path / "model.npz", params, state, meta)
+    assert train_cq.main([*quick, "--resume"]) == 0

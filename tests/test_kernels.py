@@ -326,15 +326,16 @@ def test_tf32_is_for_training_on_a_gpu_alone(tmp_path, capsys):
 
 def test_weights_that_lie_column_by_column_give_the_same_sums_on_a_device(tmp_path):
     """As another program writes them: the transpose of its own (outputs, inputs)."""
-    net, rng = cqsnn.network("FC"), np.random.default_rng(0)
+    net, rng = cqsnn.network("4C1p0-FC"), np.random.default_rng(0)
     params = cqsnn.init_params(net, (3, 3, 2), 5, rng)
-    params["0.w"] = np.asfortranarray(params["0.w"])
+    params |= {name: np.asfortranarray(params[name]) for name in ("0.w", "1.w")}
     cqsnn.save_snn(tmp_path / "snn.npz", cqsnn.convert(net, params, (3, 3, 2), 4))
     snn = cqsnn.load_snn(tmp_path / "snn.npz")
-    assert not snn.layers[0].w.flags.c_contiguous
+    assert not any(layer.w.flags.c_contiguous for layer in snn.layers)
     k0 = rng.integers(0, 5, (6, 3, 3, 2))
     with installed():
         theirs = cqsnn.simulate(snn, device.wrapped(k0.copy())).logits
+        assert device.Counted.products > 0  # of halves
     same_bits(cqsnn.simulate(snn, k0).logits, theirs)
 
 
