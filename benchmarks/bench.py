@@ -6,9 +6,9 @@
 Training steps against PyTorch, simulation against SpikingJelly, each engine in a process of its own
 and in turns (ours, peer, ours, peer ...) while nothing else runs; growth of time and memory with T,
 batch and depth; start-up; and the machine's own speed, of which the table gives fractions. A peer
-whose gradients, in float64, or spike counts are not ours is not timed. Where the package mkl is installed and
-the CPU has AMX, training is measured in bfloat16 as well (PyTorch's by autocast), and our
-simulations take it. Virtual environments for the peers are made in --envs. --out writes
+whose gradients, in float64, or spike counts are not ours is not timed. Where the package mkl is
+installed and the CPU has AMX, training is measured in bfloat16 as well (PyTorch's by autocast), and
+our simulations take it. Virtual environments for the peers are made in --envs. --out writes
 bench-DEVICE.json (every sample) and bench-DEVICE.md (the table; under names of their own with
 --quick or --only), and *.partial.* until all is measured.
 Of --device gpu (CuPy, and PyTorch on CUDA) train-vgg and simulate-vgg alone have

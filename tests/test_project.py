@@ -1,12 +1,16 @@
 """The shape of the project: sizes, folders and what an import brings along."""
 
 import ast
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import train_cq
 
 ROOT = Path(__file__).resolve().parent.parent
 TOP_LEVEL = {
@@ -76,6 +80,14 @@ def test_every_mutation_has_one_place_in_the_module():
     assert {name: source.count(old) for name, (old, _, _) in mutations.items()} == dict.fromkeys(
         mutations, 1
     )
+
+
+def test_every_command_of_the_results_is_one():
+    page = (ROOT / "benchmarks" / "results" / "README.md").read_text()
+    commands = re.findall(r"`python train_cq\.py ([^`]+)`", page)
+    assert len(commands) > 50
+    for command in commands:
+        train_cq.parser().parse_args(shlex.split(command))
 
 
 @pytest.mark.parametrize("module", ["cqsnn", "train_cq"])
