@@ -338,6 +338,7 @@ def check_choice(name, value, choices):
 
 BATCH_NORM_EPS = 1e-5
 WHITEN_EPS = 5e-4  # added to a variance of pixels, white is 1: directions of mere noise stay small
+BFLOAT16 = np.uint16  # NumPy has no such type: the bits of one
 GAMMA_START = 0.4  # most of a layer then lies where the clamp lets gradients pass
 
 
@@ -418,9 +419,6 @@ def column_blocks(x, size, stride, pad, dtype):
         part = view[start : start + block]
         cols[: len(part)] = part
         yield slice(start, start + len(part)), cols[: len(part)].reshape(-1, size * inside)
-
-
-BFLOAT16 = np.uint16  # NumPy has no such type: the bits of one
 
 
 def bfloat16(x):
@@ -523,9 +521,8 @@ def turned_conv(dz, w, stride, pad, shape):
     reached = wide[:, pad - beyond :, pad - beyond :][:, : shape[1], : shape[2]]
     if reached.shape == shape:
         return reached
-    dx = xp.zeros(shape, wide.dtype)  # the stride passes over the last rows or columns
-    dx[:, : reached.shape[1], : reached.shape[2]] = reached
-    return dx
+    # the stride passes over the last rows or columns
+    return xp.pad(reached, [(0, n - m) for n, m in zip(shape, reached.shape)])
 
 
 def phase_taps(w, stride):
@@ -595,7 +592,7 @@ def winograd_kernel(w, stride, m=2):
 def winograd_kernel_backward(du, stride, m):
     """dw = G' du G, every tap back in its place."""
     r, outputs = len(du) - m + 1, du.shape[3]
-    taps = both_ways(np.transpose(WINOGRAD[m, r][2]), du)
+    taps = both_ways(WINOGRAD[m, r][2].T, du)
     phases = taps.reshape(r, r, stride, stride, -1, outputs).swapaxes(1, 2)
     return phases.reshape(r * stride, r * stride, -1, outputs)
 
@@ -604,7 +601,7 @@ def winograd_bound(u, largest):
     """Bound every sum that `winograd` takes with u, whole numbers, of inputs from 0 to `largest`.
     A value v = B' x B adds some inputs and subtracts others: it is at most as large as the more
     numerous of the two. Then comes A' m A, with m at most the sum of |u| v over channels."""
-    a, b, _ = (np.array(matrix, np.float64) for matrix in WINOGRAD[2, len(u) - 1])
+    a, b, _ = WINOGRAD[2, len(u) - 1]
     signs = np.einsum("ik,jl->ijkl", b, b)
     reach = np.maximum((signs > 0).sum((2, 3)), (signs < 0).sum((2, 3)))  # (r+1, r+1)
     m = reach[..., None] * np.abs(u).sum(2, dtype=np.float64)  # (r+1, r+1, O)
@@ -677,7 +674,7 @@ def winograd_inputs_backward(dv, tiles, shape):
     """dx = B dv B' of every tile, added up where tiles overlap, as images of `shape`."""
     frame, dx = tiles.framed(shape, dv.dtype)
     pixels = tiles.view(frame)
-    dpixels = both_ways(np.transpose(WINOGRAD[tiles.m, tiles.r][1]), dv).reshape(pixels.shape)
+    dpixels = both_ways(WINOGRAD[tiles.m, tiles.r][1].T, dv).reshape(pixels.shape)
     for at in np.ndindex(pixels.shape[:2]):
         pixels[at] += dpixels[at]
     return dx
@@ -694,7 +691,7 @@ def winograd_outputs_backward(dz, tiles):
     """dm = A dz A' of every tile, (m+r-1, m+r-1, N*down*across, O)."""
     every = dz.reshape(len(dz), tiles.down, tiles.m, tiles.across, tiles.m, -1)
     every = every.transpose(2, 4, 0, 1, 3, 5).reshape(tiles.m, tiles.m, -1, dz.shape[3])
-    return both_ways(np.transpose(WINOGRAD[tiles.m, tiles.r][0]), every)
+    return both_ways(WINOGRAD[tiles.m, tiles.r][0].T, every)
 
 
 def tile_blocks(x, kernel, pad):
@@ -1682,8 +1679,7 @@ class SpikingLayer:
 
     @functools.cached_property
     def factored(self):
-        """The largest power of two, up to 16, that divides all weights, F or more; the largest of
-        |w| over it."""
+        """The power of two, up to 16, in all weights, F or more, and the largest |w| over it."""
         factor = math.gcd(int(np.bitwise_or.reduce(self.w, axis=None)), 16)
         return factor, max(int(self.w.max()), -int(self.w.min())) // factor
 
@@ -2212,8 +2208,8 @@ def _run_block(snn, sums, k0, delay, chunk, record):
         logits = over_time[-1][-1]
     spikes = [xp.concatenate(p.kept) for p in populations if record]
     counts, potentials = [p.total for p in populations], [p.v for p in populations if record]
-    over_time = xp.concatenate(over_time)
-    return counts, over_time, spikes, potentials, synaptic_operations(snn, k0, counts)
+    synops = synaptic_operations(snn, k0, counts)
+    return counts, xp.concatenate(over_time), spikes, potentials, synops
 
 
 def fan_out(layer, shape):
@@ -2642,6 +2638,10 @@ def check_network(snn):
             raise ValueError(f"layer {i} fires: {layer.fires}; every layer fires but the last")
     if shape != (snn.classes,):
         raise ValueError(f"the last layer gives {shape}, expected {snn.classes} classes")
+    first = snn.layers[0]
+    waits = snn.encoding == "spikes" and snn.head_start[0] and first.fires and first.w is not None
+    if waits and first.v0.ndim == 0:  # of a version before 2026-11-26, in thresholds
+        raise ValueError(f"array 0.v0: () with a head start, expected {first.b.shape}")
 
 
 def _check_layer(layer, i, shape):

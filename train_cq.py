@@ -139,8 +139,7 @@ def add_recipe_options(p):
     p.add_argument("--most-weight", type=float, metavar="X", help=text)
     text = "let the first convolution start as what decorrelates patches of images"
     p.add_argument("--whiten", action=argparse.BooleanOptionalAction, help=text)
-    short = {"tf32": "TF32 (11 bits; a GPU)", "bf16": "bfloat16 (8; a CPU with AMX, package mkl)"}
-    for name, text in short.items():
+    for name, text in (("tf32", "TF32 (a GPU)"), ("bf16", "bfloat16 (AMX, package mkl)")):
         p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=f"train in {text}")
 
 
@@ -183,8 +182,9 @@ def check_arguments(args, steps):
     for x in args.head_start or ():
         if not -100 <= x < 1:
             raise ValueError(f"--head-start: {x}, expected -100 to below 1")
-    for name in (n for n in ("limit", "threads") if getattr(args, n) is not None):
-        cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
+    for name in ("limit", "threads"):
+        if getattr(args, name) is not None:
+            cqsnn.check_range(f"--{name}", getattr(args, name), 1, 10**9)
     if args.schedule is None:
         own = DATASET_SCHEDULES.get(args.dataset, SCHEDULES)
         every = own if args.record is None else ["streaming"]
@@ -525,9 +525,9 @@ def draw_curve(pyplot, report):
         axes.plot(steps, curve, label=schedule_label(name), **style)
     exact = report["integer_accuracy"]
     axes.axhline(exact, color="0.5", linewidth=0.8, label=f"integer CNN ({exact:.4f})")
-    title = f"{report['dataset']}: accuracy over time, T = {report['steps']}"
-    axes.set(xlabel="time steps since the image appeared", title=title)
+    axes.set_xlabel("time steps since the image appeared")
     axes.set_ylabel(f"accuracy ({report['images']:,} test images)")
+    axes.set_title(f"{report['dataset']}: accuracy over time, T = {report['steps']}")
     axes.legend(loc="lower right")
     return figure
 

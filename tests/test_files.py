@@ -252,13 +252,20 @@ def test_snn_files_that_are_not_whole_are_refused(spoil, tmp_path):
     assert_one_line(caught, path)
 
 
-def test_a_head_start_is_kept_with_its_network(tmp_path):
+def test_a_head_start_of_an_older_unit_is_refused(tmp_path):
+    """One in thresholds gave a first layer fed with spikes a single v0; now each channel has one."""
     net = cqsnn.network("3C3-FC")
     params = cqsnn.init_params(net, (6, 6, 1), 4, np.random.default_rng(0))
     snn = cqsnn.head_start(cqsnn.convert(net, params, (6, 6, 1), 8), np.float32(-1.5), 0.25)
     snn = cqsnn.at_steps(snn, np.int64(6))
     cqsnn.save_snn(tmp_path / "new.npz", snn)
     assert cqsnn.load_snn(tmp_path / "new.npz").head_start == (-1.5, 0.25)
+    first = replace(snn.layers[0], v0=np.array(-8, np.int32))
+    cqsnn.save_snn(tmp_path / "old.npz", replace(snn, layers=(first, *snn.layers[1:])))
+    with pytest.raises(
+        ValueError, match=r"old.npz: .*0.v0: \(\) with a head start, expected \(3,\)"
+    ):
+        cqsnn.load_snn(tmp_path / "old.npz")
 
 
 def test_a_network_taken_to_other_steps_keeps_its_levels_and_is_not_taken_there_again(tmp_path):
