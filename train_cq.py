@@ -277,10 +277,12 @@ def write_json(path, *items):
 
 
 def check_shapes(where, found, expected):
-    """Raise ValueError unless arrays have the names, shapes and types of others."""
+    """Raise ValueError unless arrays are finite, of the names, shapes and types of others."""
     for name in expected | found:
         both = (arrays.get(name) for arrays in (found, expected))
         ours, wanted = ("none" if a is None else f"shape {a.shape} {a.dtype}" for a in both)
+        if ours == wanted and not np.isfinite(found[name]).all():
+            ours, wanted = "not all finite", "finite numbers"
         if ours != wanted:
             raise ValueError(f"{where}: array {name}: {ours}, expected {wanted}")
 
@@ -826,8 +828,7 @@ def print_certificate(snn, schedule):
     print(f"\n{schedule_label(schedule)}, {network_label(snn, snn.levels)}, for every image:")
     head = f"{'layer':14} {'current in a step':>22} {'potential':>24} {'bits':>4} {'sums':>8} "
     print(head + f"{'own error':>12} {'error in all':>22}")
-    rows = cqsnn.certify(snn, schedule)
-    for i, (layer, row) in enumerate(zip(snn.layers, rows)):
+    for i, (layer, row) in enumerate(zip(snn.layers, cqsnn.certify(snn, schedule))):
         errors = [f"+{row.early} -{row.late}", f"+{row.early_in_all:,} -{row.late_in_all:,}"]
         if layer.fires:
             errors = ["exact" if error == "+0 -0" else error for error in errors]
@@ -1040,8 +1041,7 @@ def main(command=None):
         for n in (n for n in asked if getattr(args, n) is not None):
             name = f"--{n.replace('_', '-')}"
             if args.simulate is None:
-                wrong = f"{name}: no network to ask about"
-                raise ValueError(f"{wrong}, expected --simulate SNN.npz with it")
+                raise ValueError(f"{name}: no network, expected --simulate SNN.npz with it")
             if ranks.size > 1:
                 raise ValueError(f"{name}: {ranks.size} ranks, expected one")
             if args.out is not None and (n != "explain" or args.explain is True):

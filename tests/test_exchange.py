@@ -283,6 +283,11 @@ def test_init_starts_from_the_weights_of_a_file(tmp_path):
     assert params.keys() - same == {f"{i}.{name}" for i in (0, 2) for name in ("mean", "var")}
     assert meta["log"] == [] and (tmp_path / "none" / "snn.npz").exists()
 
+    params["2.beta"][0] = np.nan
+    cqsnn.save_model(tmp_path / "broken.npz", params, {}, meta)
+    done = train_cq(tmp_path, *QUICK, "--init", "broken.npz", "--out", "third")
+    assert_refused(done, "--init: broken.npz", "2.beta", "not all finite")
+
     state["features.0.weight"] = np.zeros((32, 3, 3, 3))
     np.savez(tmp_path / "colour.npz", **state)
     done = train_cq(tmp_path, *QUICK, "--init", "colour.npz", "--out", "third")
