@@ -895,15 +895,12 @@ def activate(z, activation, levels=None, shift=0.0, norm=None):
         how = *(norm or (z, z, z)), channels, kind, float(levels or 0), float(shift)
         launch(ACTIVATE, z.size, xp.ascontiguousarray(z), *how, a, inside, REAL=z.dtype)
         return a, inside
+    mean, scale, beta = (0, 1, 0) if norm is None else norm
     for index in cached_blocks(z.shape):  # every pass over a block finds it in the cache
         u, passes = a[index], inside[index]
-        if norm is None:
-            u[...] = z[index]
-        else:
-            mean, scale, beta = norm
-            xp.subtract(z[index], mean, out=u)  # first, or a large mean would cancel
-            u *= scale
-            u += beta
+        xp.subtract(z[index], mean, out=u)  # first, or a large mean would cancel
+        u *= scale
+        u += beta
         xp.greater(u, 0, out=passes)
         if activation != "relu":
             passes &= u < 1
@@ -1371,7 +1368,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al., 2024
 NORM_RATE, DENSE_RATE, DENSE_DECAY = 0.23, 1.15, 1e-3  # beside Muon's own rate
 
 
-def adam(params, grads, state, rate, threads=None, beta1=0.9, beta2=0.999, eps=1e-8):
+def adam(params, grads, state, rate, threads=None, bf16=False, beta1=0.9, beta2=0.999, eps=1e-8):
     """One step of Adam (Kingma and Ba, 2015), the paper's optimiser; params, state in place.
     state is {} at first; it gets the step number and both moments, "m.i.name", "v.i.name"."""
     step = state.setdefault("step", np.zeros((), np.int64))
@@ -1391,27 +1388,32 @@ def adam(params, grads, state, rate, threads=None, beta1=0.9, beta2=0.999, eps=1
     over_shards(move, list(grads.values()), list(grads), threads=threads)
 
 
-def orthogonalise(g):
-    """Return the matrix g (rows <= columns) with singular values near 1: X <- g / |g|, then
-    three times M = X X', X <- a X + (b M + c M M) X (Jordan et al., 2024)."""
-    a, b, c = NEWTON_SCHULZ
-    x = array_module(g).ascontiguousarray(g) / (array_module(g).linalg.norm(g) + 1e-7)
+def orthogonalise(g, bf16=False):
+    """Return the matrix g with singular values near 1: X <- g / |g|, then three times M = X' X,
+    X <- a X + X (b M + c M M) (Jordan et al., 2024); bf16 rounds what large products take."""
+    x, (a, b, c) = g / (array_module(g).linalg.norm(g) + 1e-7), NEWTON_SCHULZ
     for _ in range(3):
-        m = x @ x.T
-        x = a * x + (b * m + c * (m @ m)) @ x
+        if bf16:
+            short, m, step = bfloat16(x), np.zeros((x.shape[1],) * 2, x.dtype), np.empty_like(x)
+            bfloat16_matmul(short, short, m, turned=True)
+            bfloat16_matmul(short, bfloat16(b * m + c * (m @ m)), step)
+        else:
+            m = x.T @ x
+            step = x @ (b * m + c * (m @ m))
+        x = a * x + step
     return x
 
 
-def muon(params, grads, state, rate, threads=None, momentum=0.6, others_momentum=0.85):
+def muon(params, grads, state, rate, threads=None, bf16=False, momentum=0.6, others=0.85):
     """One step of Muon on convolution weights, of Nesterov SGD on the rest; in place.
-    Convolution weights W, as a matrix (O, K*K*C), are scaled to the norm sqrt(O), which the
+    Convolution weights W, as a matrix (K*K*C, O), are scaled to the norm sqrt(O), which the
     batch normalisation behind them hides, and move by `rate` times the orthogonalised
     gradient. state is {} at first; it gets the momenta, "m.i.name"."""
     for key, g in () if state else grads.items():
         state[f"m.{key}"] = array_module(g).zeros_like(g)
 
     def move(g, key):
-        w, keep = params[key], momentum if g.ndim == 4 else others_momentum
+        w, keep = params[key], momentum if g.ndim == 4 else others
         moment = state[f"m.{key}"]
         if key.endswith(".w") and g.ndim == 2:
             g = g + DENSE_DECAY * w
@@ -1420,9 +1422,7 @@ def muon(params, grads, state, rate, threads=None, momentum=0.6, others_momentum
         g = g + keep * moment  # Nesterov: the gradient after the coming step of momentum
         if g.ndim == 4:
             w *= math.sqrt(w.shape[-1]) / (array_module(g).linalg.norm(w) + 1e-7)
-            flat = g.reshape(-1, g.shape[-1])  # (K*K*C, O)
-            tall = flat.shape[0] > flat.shape[1]
-            w -= rate * (orthogonalise(flat.T).T if tall else orthogonalise(flat)).reshape(w.shape)
+            w -= rate * orthogonalise(g.reshape(-1, g.shape[-1]), bf16).reshape(w.shape)
         else:
             w -= rate * (NORM_RATE if key.endswith((".gamma", ".beta")) else DENSE_RATE) * g
 
@@ -1610,7 +1610,7 @@ def train_epoch(
         grads = backward(net, params, tape, dlogits, threads, team)
         del tape  # its memory serves the next batch
         rate = rate_at((epochs_done + start / n) / epochs, recipe.lr)
-        OPTIMIZERS[recipe.optimizer](params, grads, state, rate, threads)
+        OPTIMIZERS[recipe.optimizer](params, grads, state, rate, threads, recipe.bf16)
         limit_weights(net, params, recipe.most_weight)
         loss += batch_loss * len(chosen)
         correct += (logits.argmax(1) == labels[chosen]).sum()

@@ -96,6 +96,21 @@ def trained(recipe, threads=None):
 
 
 @every_way
+@pytest.mark.parametrize("shape", [(1, 1, 4, 30), (3, 3, 8, 16), (3, 3, 64, 128)])
+def test_muon_rounds_its_products_where_training_does(way, shape):
+    rng, params = np.random.default_rng(4), {}
+    w, g = rng.normal(size=(2, *shape)).astype(np.float32)
+    for bf16 in (False, True):
+        params[bf16] = {"0.w": w.copy()}
+        with multiplied_by(way):
+            cqsnn.muon(params[bf16], {"0.w": g}, {}, 1.0, bf16=bf16)
+    exact, rounded = (params[bf16]["0.w"] - w for bf16 in (False, True))
+    # each of three steps rounds three factors by up to 2**-9, and has a slope of up to 3.4 where
+    # singular values are small: those alone are off by more than a few per cent
+    assert 2**-12 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2**-5
+
+
+@every_way
 def test_law_14_threads_change_no_bit_of_a_training_in_bfloat16(way):
     with multiplied_by(way):
         runs = [trained(replace(RECIPE, bf16=True), threads) for threads in (1, 2, 3)]

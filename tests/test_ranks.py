@@ -334,7 +334,7 @@ def test_ranks_whose_parameters_differ_are_refused(tmp_path):
     """As on machines of different kinds, whose matrix products round differently."""
     quick = [*QUICK, "--optimizer", "muon", "--lr", "0.05"]
     code = "import sys, cqsnn, train_cq; real = cqsnn.orthogonalise; "
-    code += "cqsnn.orthogonalise = lambda g: real(g) * (1 + 2**-22); "
+    code += "cqsnn.orthogonalise = lambda g, bf16: real(g, bf16) * (1 + 2**-22); "
     other = [sys.executable, "-c", code + "sys.exit(train_cq.main(sys.argv[1:]))", *quick]
     with ending_in(60, tmp_path, (1, [*COMMAND, *quick]), (1, other)) as running:
         pass
