@@ -1474,7 +1474,7 @@ class Recipe:
     levels: int = 32
     shift: float = 0.0
     tf32: bool = False  # products in TF32 (`use_tf32`)
-    bf16: bool = False  # products of convolutions, but the first one's, in bfloat16
+    bf16: bool = False  # products of convolutions but the first, and of Muon, in bfloat16
 
     @property
     def stages(self):

@@ -203,6 +203,9 @@ def engines(case, device, peer_python, at_once):
         for name in cqsnn.OPTIMIZERS:
             told = {"kind": "optimizer", "optimizer": name}
             found[f"ours, {name} alone"] = Engine(sys.executable, "peer_cqsnn.py", told, {})
+        if "ours, bfloat16" in found:  # of the two Muon alone multiplies matrices
+            alone = found["ours, muon alone"]
+            found["ours, muon in bfloat16 alone"] = alone._replace(told=alone.told | {"bf16": True})
     return found
 
 

@@ -64,8 +64,8 @@ def optimizer(case, xp):
     rng = np.random.default_rng(0)
     logits, tape = cqsnn.forward(net, params, x, "quantize", case["steps"], 0.0, rng)
     grads = cqsnn.backward(net, params, tape, cqsnn.cross_entropy(logits, labels)[1])
-    step = cqsnn.OPTIMIZERS[case["optimizer"]]
-    return lambda: step(params, grads, state, 1e-3), {}
+    step, how = cqsnn.OPTIMIZERS[case["optimizer"]], {"bf16": case.get("bf16", False)}
+    return lambda: step(params, grads, state, 1e-3, **how), {}
 
 
 def simulate(case, xp):
