@@ -70,6 +70,24 @@ def test_muon_equals_its_definition_by_singular_values(shape):
         np.testing.assert_allclose(params["0.w"], w, atol=1e-5)
 
 
+def test_momenta_of_muon_fade_to_zero_and_do_not_stay_subnormal():
+    """Of float32, 0.6 times the smallest number is itself: it would stay, and each product with it
+    costs a CPU a hundred others. Those above 2**-64 are what they would be, to the bit."""
+    rng, state = np.random.default_rng(0), {}
+    shape, dead = (3, 3, 4, 8), np.s_[..., 2:5, :]
+    params, moment = {"0.w": np.ones(shape, np.float32)}, np.zeros(shape, np.float32)
+    for step in range(300):
+        g = rng.normal(size=shape).astype(np.float32)
+        g[dead] *= 1e-3 * (step < 9)
+        cqsnn.muon(params, {"0.w": g}, state, 0.1)
+        moment = np.float32(0.6) * moment + g
+        large = abs(moment) > 2**-64
+        assert (state["m.0.w"][large] == moment[large]).all()
+    fading = abs(moment[dead])
+    assert ((fading > 0) & (fading < np.finfo(np.float32).tiny)).any()
+    assert (state["m.0.w"][dead] == 0).all()
+
+
 def test_muon_is_nesterov_sgd_on_the_rest():
     params, state = {"0.gamma": np.ones(2), "1.w": np.ones((2, 2))}, {}
     grads = {"0.gamma": np.array([1.0, -2]), "1.w": np.zeros((2, 2))}

@@ -157,6 +157,11 @@ MUTATIONS = {
         "* abs(gamma)",
         "tests/test_training.py",
     ),
+    "momenta that end as subnormals": (
+        "moment *= abs(moment) > FADED",
+        "moment *= abs(moment) >= 0",
+        "tests/test_training.py",
+    ),
 }
 
 
