@@ -1366,7 +1366,7 @@ def backward(net, params, tape, dlogits, threads=None, ranks=ALONE):
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al., 2024
 NORM_RATE, DENSE_RATE, DENSE_DECAY = 0.23, 1.15, 1e-3  # beside Muon's own rate
-FADED = 2**-64  # smaller momenta become 0: as subnormals they made a CPU's step seven times as long
+FADED = 2**-64  # smaller momenta become 0: subnormal ones made Muon's step seven times as long
 
 
 def adam(params, grads, state, rate, threads=None, bf16=False, beta1=0.9, beta2=0.999, eps=1e-8):
