@@ -199,6 +199,8 @@ def engines(case, device, peer_python, at_once):
         for name in [name for name in found if name == "ours" or name.endswith("kept")]:
             told = found[name].told | {"bf16": True}
             found[f"{name}, bfloat16"] = found[name]._replace(told=told)
+    if case.kind == "train" and device == "gpu":  # what PyTorch's convolutions take unless told
+        found["ours, TF32"] = found["ours"]._replace(told=found["ours"].told | {"tf32": True})
     if case.kind == "train":
         for name in cqsnn.OPTIMIZERS:
             told = {"kind": "optimizer", "optimizer": name}
@@ -381,15 +383,15 @@ def verdict_lines(case, rows):
         return
     peers = [name for name in rows if not name.startswith("ours")]
     pairs = ("ours", LAYOUTS), ("ours", "memory kept"), ("ours, bfloat16", "bfloat16")
-    for ours, ending in pairs:
+    for ours, ending in (*pairs, ("ours, TF32", LAYOUTS)):
         same = [name for name in peers if name.endswith(ending)]
         if same and ours in rows:
             best = min(same, key=lambda name: statistics.median(rows[name]["seconds"]))
             times = spread(ratios(rows[ours], rows[best]))
             yield f"- {ours} against {best}: {times} times as fast"
-    if "ours, bfloat16" in rows:
-        times = spread(ratios(rows["ours, bfloat16"], rows["ours"]))
-        yield f"- ours, bfloat16 against ours in float32: {times} times as fast"
+    for ours in {"ours, bfloat16", "ours, TF32"} & rows.keys():
+        times = spread(ratios(rows[ours], rows["ours"]))
+        yield f"- {ours} against ours in float32: {times} times as fast"
     if "ours, synchronous" in rows:
         quicker = [r / case.steps for r in ratios(rows["ours, synchronous"], rows["ours"])]
         yield f"- synchronous over streaming images/s, over T: {spread(quicker)}, target 0.5"

@@ -42,6 +42,8 @@ def train(case, xp):
     """Forward, cross-entropy and backward, quantised, of each batch; and Adam in an epoch."""
     net, params, x, labels = load_training(case, xp)
     rng, state = np.random.default_rng(0), {}
+    if case.get("tf32"):
+        cqsnn.use_tf32(True)
 
     def run():
         for start in range(0, len(x), case["batch"]):

@@ -38,7 +38,8 @@ hold, and rows whose command means something else by now, are in [notes.md](note
 NOT_RUN = RESULTS / "not-run.md"  # by hand: what has not been run
 OTHERS = RESULTS / "others.md"  # by hand: lines of the table beside(), as others report them
 # ours in that table
-OURS = ("cifar10-start", "cifar10-start-10bits", "cifar10-long", "cifar10-vgg-star", "cifar100")
+OURS = ("cifar10-start", "cifar10-start-10bits", "cifar10-long", "cifar10-vgg-star-long")
+OURS += ("cifar10-vgg19-tp", "cifar100")
 
 
 def add(run, name):
@@ -48,10 +49,11 @@ def add(run, name):
         raise SystemExit(f"{needed} as {name!r}: expected a finished run and a plain name")
     if run.resolve() == kept.resolve():
         raise SystemExit(f"{run}: the row itself, expected a run folder")
-    held = json.loads(needed.read_text()).get("hold_out")
-    trained = (run / "snn.npz").exists()  # else a run of --simulate, whose network is another's
+    report = json.loads(needed.read_text())
+    held, trained = report.get("hold_out"), "recipe" in report  # else a run of --simulate
     files = ["report.json"] + ["log.jsonl"] * trained + ["latency.png"] * (trained and not held)
-    snn = (run / "snn.npz").read_bytes() if trained and not held else b""
+    brought = trained and not held and (run / "snn.npz").exists()
+    snn = (run / "snn.npz").read_bytes() if brought else b""
     digest = f"{hashlib.sha256(snn).hexdigest()}  snn.npz  {len(snn)} bytes\n"
     other = (kept / "snn.npz").exists() and (kept / "snn.sha256").read_text() != digest
     if other and f"benchmarks/results/{name}" in folders_named():
@@ -229,6 +231,8 @@ def row(name, report):
         for part in report["bits"]:
             values = [part["integer_accuracy"], *(part["snn_accuracy"][s] for s in both)]
             lines.append(f"| {part['weight_bits']} | {' | '.join(map(percent, values))} |")
+    if not (RESULTS / name / "snn.sha256").exists():  # it stayed on a machine that was lent
+        return [*lines, "", "`snn.npz` was not brought here.", ""]
     digest, _, size, _ = (RESULTS / name / "snn.sha256").read_text().split()
     holder = kept_as(digest)
     where = "not kept" if int(size) <= LARGEST else "not kept, too large"
