@@ -284,7 +284,7 @@ def beside(found):
 
 def draw_beside(pyplot, found):
     """Accuracy on CIFAR-10 against the steps to the answer: the default network at several T, as
-    it is streamed, delayed or synchronous, and what others report of streaming."""
+    it is streamed, delayed or synchronous, the best one, and what others report of streaming."""
     figure, axes = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
     series = {}
     for bits, rows in (
@@ -301,6 +301,11 @@ def draw_beside(pyplot, found):
             own = " (head start by T)" if (bits, schedule) == (10, "streaming") else ""
             label = f"wideconv, {bits} bits, {train_cq.schedule_label(schedule)}{own}"
             series[label] = sorted(points.items())
+    report = found["cifar10-vgg-star-long"]
+    series["vgg*, 8 bits: streaming, delay 1, synchronous"] = [
+        (report["steps_to_answer"][schedule], 100 * accuracy)
+        for schedule, accuracy in report["snn_accuracy"].items()
+    ]
     for line in OTHERS.read_text().splitlines():
         data, network, _, spiking = (cell.strip(" `") for cell in line.split("|")[1:5])
         pairs = re.findall(r"([\d.]+) \((\d+)\)", spiking)
