@@ -3,9 +3,10 @@
     python benchmarks/results.py add RUN NAME    # keep a run folder's figures and network
     python benchmarks/results.py                 # write benchmarks/results/README.md
 
-Kept: report.json and log.jsonl, snn.npz where it has at most 4 MiB (a digest of it otherwise),
-and latency.png. A run of --simulate is a line of a table of its own, from report.json alone; so is
-a comparison on held-out training images, from report.json and log.jsonl.
+Kept: report.json and log.jsonl, snn.npz where it has at most 4 MiB (a digest of it otherwise;
+neither where it stayed on the machine of the run), and latency.png. A run of --simulate is a line
+of a table of its own, from report.json alone; so is a comparison on held-out training images, from
+report.json and log.jsonl.
 """
 
 import functools
@@ -38,8 +39,10 @@ hold, and rows whose command means something else by now, are in [notes.md](note
 NOT_RUN = RESULTS / "not-run.md"  # by hand: what has not been run
 OTHERS = RESULTS / "others.md"  # by hand: lines of the table beside(), as others report them
 # ours in that table
-OURS = ("cifar10-start", "cifar10-start-10bits", "cifar10-long", "cifar10-vgg-star-long")
-OURS += ("cifar10-vgg19-tp", "cifar100")
+OURS = (
+    *("cifar10-start", "cifar10-start-10bits", "cifar10-long"),
+    *("cifar10-vgg-star-long", "cifar10-vgg19-tp", "cifar100"),
+)
 
 
 def add(run, name):
